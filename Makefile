@@ -1,0 +1,79 @@
+# Everything starts here; each target sets up .venv by itself. `make` lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+BIN := .venv/bin
+export PYTHON
+export KERAS_BACKEND ?= torch
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export MPLBACKEND ?= agg
+export JUPYTER_PLATFORM_DIRS := 1
+# A failed step says which target it was and that a rerun is safe.
+or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
+LIBRARY_NOTEBOOKS := $(filter-out nbs/tutorials/% nbs/benchmarks/% nbs/explanations/% nbs/index.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
+
+.PHONY: help setup site docs notebooks test test-backends sync benchmark preview lab hooks clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: .venv/.ready ## create .venv and install everything for development (torch)
+.venv/.ready: pyproject.toml constraints.txt tools/setup.sh
+	@tools/setup.sh dev torch plot
+	@touch $@
+
+.venv/.ready-backends: .venv/.ready
+	@tools/setup.sh dev torch plot jax tensorflow
+	@touch $@
+
+site: setup ## execute the notebooks and build the website into _docs
+	@$(BIN)/python tools/execute.py $(or_stop)
+	@$(BIN)/python tools/build_site.py $(or_stop)
+
+docs: setup ## build the website from the outputs saved in nbs/, without executing
+	@$(BIN)/python tools/build_site.py --saved $(or_stop)
+
+notebooks: setup ## execute the notebooks and save their outputs into nbs/, to be committed
+	@$(BIN)/python tools/execute.py --save $(or_stop)
+	@$(BIN)/nbdev_clean $(or_stop)
+
+test: setup ## run the notebooks, the docstring examples and tests/ on torch
+	@echo "→ notebooks"
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(or_stop)
+	@echo "→ docstring examples and tests/ on $(KERAS_BACKEND)"
+	@$(BIN)/python -m pytest --doctest-modules keras_mml tests $(or_stop)
+
+test-backends: .venv/.ready-backends ## run the library's notebooks and tests/ on jax and tensorflow
+	@for backend in jax tensorflow; do \
+	    echo "→ the library's notebooks on $$backend"; \
+	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_glob index.ipynb \
+	        --skip_folder_re '^(tutorials|benchmarks|explanations|[_.])' ; \
+	    echo "→ docstring examples and tests/ on $$backend"; \
+	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest --doctest-modules keras_mml tests; \
+	done $(or_stop)
+
+sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
+	@$(BIN)/nbdev_export $(or_stop)
+	@$(BIN)/nbdev_clean $(or_stop)
+	@$(BIN)/python tools/build_site.py --readme $(or_stop)
+
+benchmark: .venv/.ready-backends ## measure accuracy and step times anew (hours; resumes where it stopped)
+	@$(BIN)/python nbs/benchmarks/accuracy.py $(or_stop)
+	@$(BIN)/python nbs/benchmarks/step_time.py $(or_stop)
+
+preview: ## serve the website at http://localhost:8000
+	@test -d _docs || $(MAKE) site
+	@echo "→ http://localhost:8000 (Ctrl-C stops it)"
+	@$(BIN)/python -m http.server --directory _docs --bind 127.0.0.1 8000
+
+lab: setup ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=nbs $(LAB_ARGS)
+
+hooks: setup ## install nbdev's git and Jupyter hooks: clean notebooks, mergeable conflicts
+	@$(BIN)/nbdev_install_hooks
+
+clean: ## remove everything that was built or installed
+	@rm -rf .venv _build _proc _docs .setup.log *.egg-info dist build .pytest_cache .hypothesis

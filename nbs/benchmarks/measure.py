@@ -1,0 +1,36 @@
+"""What every benchmark needs: where its numbers come from, and a safe place to put them."""
+
+import json
+import os
+import platform
+
+
+def processor_name():
+    "The processor's name on Linux, or what Python knows of it."
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment():
+    "Machine and versions, as a dict of strings."
+    import keras
+    import numpy
+
+    backend = keras.backend.backend()
+    return dict(
+        processor=processor_name(),
+        python=platform.python_version(),
+        keras=keras.__version__,
+        backend=f"{backend} {__import__(backend).__version__}",
+        numpy=numpy.__version__,
+    )
+
+
+def save(path, data):
+    "Write JSON by way of a temporary file, so that an interruption never leaves half a file."
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)

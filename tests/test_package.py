@@ -1,0 +1,45 @@
+"""What is committed and what is shipped: clean notebooks, and a wheel with the code and nothing else."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_notebooks_are_executed_and_clean(path):
+    text = path.read_text(encoding="utf8")
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    assert any(c["outputs"] for c in cells), "no saved outputs"
+    assert all(c.get("execution_count") is None for c in cells)
+    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|work)/\w", text), "a path of somebody's machine"
+    for cell in cells:
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            shown = "".join(output.get("text", []))
+            assert "\x1b[" not in shown and "\r" not in shown and "\b" not in shown
+
+
+def test_the_wheel_holds_the_package_and_no_data(tmp_path):
+    pytest.importorskip("build")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "keras_mml/layers/dense.py" in names and any(n.endswith("LICENSE") for n in names)
+    assert all(n.startswith("keras_mml") for n in names)
+    assert not any(n.endswith((".npz", ".ipynb", ".json")) for n in names)
+    assert wheel.stat().st_size < 100_000
+
+
+def test_loading_the_package_registers_the_layers():
+    code = "import keras, keras_mml; print(keras.saving.get_registered_object('keras_mml>DenseMML') is keras_mml.layers.DenseMML)"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert output.strip() == "True"

@@ -1,0 +1,69 @@
+"""Saving loses nothing: training that stops, is saved, is loaded and goes on ends exactly where uninterrupted training ends."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_mml.layers import DenseMML, RMSNorm
+
+ARGUMENTS = [{}, dict(norm=None, scale="channel"), dict(norm_gain=True, activation_bits=4, kernel_regularizer="l2")]
+
+
+def network(**arguments):
+    model = keras.Sequential(
+        [keras.Input((12,)), DenseMML(16, activation="relu", **arguments), RMSNorm(use_bias=True), DenseMML(3, **arguments)]
+    )
+    model.compile(optimizer=keras.optimizers.Adam(0.01), loss="mse")
+    return model
+
+
+def one_epoch(model, seed):
+    keras.utils.set_random_seed(seed)  # the shuffling of this epoch
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(96, 12)).astype("float32"), rng.normal(size=(96, 3)).astype("float32")
+    model.fit(x, y, batch_size=16, epochs=1, verbose=0)
+
+
+def all_variables(model):
+    return [keras.ops.convert_to_numpy(v) for v in [*model.variables, *model.optimizer.variables]]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_training_goes_on_bit_for_bit(arguments, tmp_path):
+    keras.utils.set_random_seed(7)
+    model = network(**arguments)
+    one_epoch(model, seed=1)
+    model.save(tmp_path / "after-one-epoch.keras")
+    one_epoch(model, seed=2)
+
+    resumed = keras.saving.load_model(tmp_path / "after-one-epoch.keras")
+    before = all_variables(resumed)
+    one_epoch(resumed, seed=2)
+    after = all_variables(resumed)
+    assert len(after) == len(all_variables(model)) > len(model.variables)
+    for uninterrupted, continued in zip(all_variables(model), after):
+        np.testing.assert_array_equal(continued, uninterrupted)
+    assert any((a != b).any() for a, b in zip(before, after))  # and it did train
+
+
+def test_weights_alone_can_be_saved_and_loaded(tmp_path):
+    keras.utils.set_random_seed(7)
+    model = network()
+    one_epoch(model, seed=1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = network()
+    other.load_weights(tmp_path / "model.weights.h5")
+    for ours, theirs in zip(model.weights, other.weights):
+        np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(w) for w in (ours, theirs)))
+
+
+def test_ten_layers_still_get_gradients():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((20,)), *[DenseMML(32, activation="relu") for _ in range(10)], keras.layers.Dense(2)])
+    model.compile(optimizer="adam", loss="mse")
+    before = [keras.ops.convert_to_numpy(layer.kernel) for layer in model.layers]
+    rng = np.random.default_rng(0)
+    model.train_on_batch(rng.normal(size=(64, 20)).astype("float32"), rng.normal(size=(64, 2)).astype("float32"))
+    for kernel, layer in zip(before, model.layers):
+        moved = keras.ops.convert_to_numpy(layer.kernel) != kernel
+        assert moved.mean() > 0.3, layer.name

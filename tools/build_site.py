@@ -1,0 +1,162 @@
+"""Build the website into _docs: nbdev prepares the notebooks, Quarto renders them, or smalldocs where Quarto is missing.
+
+    python tools/build_site.py            from the notebooks executed into _build/nbs
+    python tools/build_site.py --saved    from the outputs that are saved in nbs/
+    python tools/build_site.py --readme   only README.md, from nbs/index.ipynb
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbdev.config import get_config
+from nbdev.doclinks import _build_modidx
+from nbdev.serve import proc_nbs
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
+KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
+
+
+def stage(saved):
+    "Copy the sources, with the outputs that the site shall show."
+    shutil.rmtree(STAGED, ignore_errors=True)
+    shutil.copytree(SOURCE, STAGED, ignore=shutil.ignore_patterns(".*", "*.npz", "*.tmp"))
+    executed = ROOT / "_build" / "nbs"
+    if not saved:
+        for path in executed.rglob("*.ipynb"):
+            if (STAGED / path.relative_to(executed)).exists():
+                shutil.copy(path, STAGED / path.relative_to(executed))
+
+
+def process():
+    "Run nbdev's processors (links, documentation of exported code, hidden cells) into _proc."
+    _build_modidx()
+    shutil.rmtree(PROCESSED, ignore_errors=True)
+    proc_nbs(path=STAGED, force=True, n_workers=2)
+    for path in PROCESSED.rglob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        up = "../" * (len(path.relative_to(PROCESSED).parts) - 1)
+        for cell in notebook.cells:
+            cell.source = relative_links(cell.source, up)
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "text/markdown" in data:
+                    data["text/markdown"] = documentation(relative_links(data["text/markdown"], up))
+        nbformat.write(notebook, path)
+
+
+def relative_links(text, up):
+    "Links to this site's own address become relative, so that the site works from a folder."
+    config = get_config()
+    base = (config.doc_host + config.doc_baseurl).rstrip("/") + "/"
+    return re.sub(r"^output-file: .*\n", "", text.replace(f"]({base}", f"]({up}"), flags=re.M)
+
+
+def documentation(markdown):
+    "What nbdev shows of a public name, in Keras' manner: classes called so, no guessed types, docstring sections as lists."
+    markdown = re.sub(r"^(def) (?=[A-Z]\w*\()", "class ", markdown, flags=re.M)
+    markdown = re.sub(r"(\w+):(?:NoneType|bool|str|int|float)=", r"\1=", markdown)
+    lines, item = [], re.compile(r"^    (`?[\w*]+`?(?:,\s+`?[\w*]+`?)*,?): (.*)")
+    section = None
+    for line in markdown.split("\n"):
+        heading = re.match(r"^(Args|Input shape|Output shape|Raises|Returns|Example|Reference):\s*(.*)$", line)
+        if heading:
+            section = heading[1]
+            lines += ["", f"**{section}** {heading[2]}".rstrip(), ""]
+        elif section and line.startswith("    "):
+            entry = item.match(line) if section in ("Args", "Raises") else None
+            names = entry and ", ".join(f"`{name.strip()}`" for name in entry[1].strip(",").split(","))
+            lines.append(f"- {names}: {entry[2]}" if entry else re.sub(r"^ +", "  " if section in ("Args", "Raises") else "", line))
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def render():
+    "Render _proc into _proc/_docs."
+    if shutil.which("quarto"):
+        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute"], check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(PROCESSED)], check=True)
+    return PROCESSED / "_docs"
+
+
+def localise(site):
+    "Nothing is fetched from elsewhere: mathematics is set by the site's own KaTeX, fonts are its own."
+    for page in site.rglob("*.html"):
+        up = "../" * (len(page.relative_to(site).parts) - 1)
+        text = KATEX_CDN.sub(f"{up}assets/katex/", page.read_text(encoding="utf8"))
+        page.write_text(text, encoding="utf8")
+    for sheet in site.rglob("*.css"):
+        text = sheet.read_text(encoding="utf8")
+        sheet.write_text(re.sub(r"@import url\([^)]*//fonts\.[^)]*\);?", "", text), encoding="utf8")
+
+
+def write_readme():
+    "README.md is the home page, with links that work on GitHub."
+    config = get_config()
+    site = (config.doc_host + config.doc_baseurl).rstrip("/") + "/"
+    notebook = nbformat.read(SOURCE / "index.ipynb", 4)
+    for cell in list(notebook.cells):
+        directives = re.findall(r"^#\| *(.+)$", cell.source, re.M) if cell.cell_type == "code" else []
+        if "hide" in directives or any(d.startswith("default_exp") for d in directives):
+            notebook.cells.remove(cell)
+            continue
+        if "echo: false" in directives:
+            cell.metadata["hide_source"] = True
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
+    notebook.metadata["language_info"] = {"name": "python"}  # the fences say so
+    exporter = MarkdownExporter()
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    markdown, _ = exporter.from_notebook_node(without_sources(notebook))
+    markdown = re.sub(r"\]\((?!https?:|#)([\w/-]+)\.ipynb", rf"]({site}\1.html", markdown)
+    markdown = re.sub(r"\]\((?!https?:|#)(images/)", r"](nbs/\1", markdown)
+    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+    header = "<!-- Generated from nbs/index.ipynb by `make docs`. Edit the notebook. -->\n\n"
+    (ROOT / "README.md").write_text(header + markdown, encoding="utf8")
+
+
+def without_sources(notebook):
+    "Replace cells whose source is hidden by their Markdown outputs."
+    cells = []
+    for cell in notebook.cells:
+        if not cell.metadata.get("hide_source"):
+            cells.append(cell)
+            continue
+        for output in cell.outputs:
+            cells.append(nbformat.v4.new_markdown_cell(output.get("data", {}).get("text/markdown", "")))
+    notebook.cells = cells
+    return notebook
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saved", action="store_true", help="use the outputs saved in nbs/")
+    parser.add_argument("--readme", action="store_true", help="only write README.md")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    start = time.time()
+    write_readme()
+    if args.readme:
+        return
+    print(f"→ building the site with {'Quarto' if shutil.which('quarto') else 'smalldocs (Quarto is not installed)'}")
+    stage(args.saved)
+    process()
+    built = render()
+    localise(built)
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(built, SITE)
+    print(f"→ built in {time.time() - start:.0f} s. Open {SITE.name}/index.html")
+
+
+if __name__ == "__main__":
+    main()
