@@ -13,7 +13,6 @@ export MPLBACKEND ?= agg
 export JUPYTER_PLATFORM_DIRS := 1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
-LIBRARY_NOTEBOOKS := $(filter-out nbs/tutorials/% nbs/benchmarks/% nbs/explanations/% nbs/index.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 
 .PHONY: help setup site docs notebooks test test-backends sync benchmark preview lab hooks clean
 
@@ -46,14 +45,13 @@ test: setup ## run the notebooks, the docstring examples and tests/ on torch
 	@echo "→ docstring examples and tests/ on $(KERAS_BACKEND)"
 	@$(BIN)/python -m pytest --doctest-modules keras_mml tests $(or_stop)
 
-test-backends: .venv/.ready-backends ## run the library's notebooks and tests/ on jax and tensorflow
-	@for backend in jax tensorflow; do \
-	    echo "→ the library's notebooks on $$backend"; \
-	    KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_file_glob index.ipynb \
-	        --skip_folder_re '^(tutorials|benchmarks|explanations|[_.])' ; \
-	    echo "→ docstring examples and tests/ on $$backend"; \
-	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest --doctest-modules keras_mml tests; \
-	done $(or_stop)
+test-backends: test-on-jax test-on-tensorflow ## run the library's notebooks and tests/ on jax and tensorflow
+test-on-%: .venv/.ready-backends
+	@echo "→ the library's notebooks on $*"
+	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print \
+	    --skip_folder_re '^(tutorials|benchmarks|explanations|[_.])' $(or_stop)
+	@echo "→ docstring examples and tests/ on $*"
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest --doctest-modules keras_mml tests $(or_stop)
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export $(or_stop)
