@@ -9,7 +9,6 @@ BIN := .venv/bin
 export PYTHON
 export KERAS_BACKEND ?= torch
 export TF_CPP_MIN_LOG_LEVEL ?= 3
-export MPLBACKEND ?= agg
 export JUPYTER_PLATFORM_DIRS := 1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
@@ -21,11 +20,11 @@ help: ## list the targets
 
 setup: .venv/.ready ## create .venv and install everything for development (torch)
 .venv/.ready: pyproject.toml constraints.txt tools/setup.sh
-	@tools/setup.sh dev torch plot
+	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot
 	@touch $@
 
 .venv/.ready-backends: .venv/.ready
-	@tools/setup.sh dev torch plot jax tensorflow
+	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot jax tensorflow
 	@touch $@
 
 site: setup ## execute the notebooks and build the website into _docs

@@ -21,6 +21,8 @@ def test_notebooks_are_executed_and_clean(path):
     assert all(c.get("execution_count") is None for c in cells)
     assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|work)/\w", text), "a path of somebody's machine"
     for cell in cells:
+        if any(line.startswith("#| fig-alt:") for line in cell["source"]):
+            assert any("image/svg+xml" in o.get("data", {}) for o in cell["outputs"]), "a plot is missing"
         for output in cell["outputs"]:
             assert output["output_type"] != "error"
             shown = "".join(output.get("text", []))

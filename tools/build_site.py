@@ -144,6 +144,7 @@ def main():
     parser.add_argument("--readme", action="store_true", help="only write README.md")
     args = parser.parse_args()
     os.chdir(ROOT)
+    os.environ["PYTHONWARNINGS"] = "ignore:Found cells containing imports"  # nbdev's advice, to its worker processes
     start = time.time()
     write_readme()
     if args.readme:

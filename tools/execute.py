@@ -163,6 +163,7 @@ def main():
     parser.add_argument("--force", action="store_true", help="execute even what did not change")
     args = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
+    os.environ.pop("MPLBACKEND", None)  # plots belong into the notebook, whatever the shell says
     os.environ["OMP_NUM_THREADS"] = "1"  # two notebooks at a time, one thread each, beat one with two
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

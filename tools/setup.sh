@@ -21,7 +21,7 @@ find_python() {
 explain() {  # the end of pip's log, and what it means
     tail -n 12 "$log" >&2
     if grep -qi "no space left" "$log"; then fail "the disk is full. Free about 4 GB and run the same command again."; fi
-    if grep -qiE "connection|resolve|network|timed out|proxy|SSLError" "$log"; then
+    if grep -qiE "connection|resolve host|name resolution|network|timed out|proxy|SSLError|from versions: none" "$log"; then
         fail "the package index could not be reached. Check the network and run the same command again."
     fi
     fail "pip could not install .[$extras]; the whole log is in $log. Fix what it names and run the same command again, or start over with 'make clean'."
