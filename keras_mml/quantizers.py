@@ -18,7 +18,7 @@ def to_float32(
     x,  # a tensor or array of any dtype
 ):      # the same values as a float32 tensor
     "The precision in which everything is normalised, scaled and rounded."
-    return ops.cast(ops.convert_to_tensor(x), "float32")
+    return ops.cast(ops.convert_to_tensor(x, sparse=False), "float32")
 
 # %% ../nbs/quantizers.ipynb #c58b1c7a
 def absmean_ternary(
@@ -39,6 +39,8 @@ def absmax_int(
     "Round `x / scale` to the nearest integer, where `scale` maps the largest absolute value to the largest integer."
     x = to_float32(x)
     limit = 2 ** (bits - 1) - 1
+    if 0 in x.shape:  # an empty batch has no largest value
+        return x, ops.sum(x, axis=axis, keepdims=True) + SCALE_EPSILON / limit
     largest = ops.maximum(ops.max(ops.abs(x), axis=axis, keepdims=True), SCALE_EPSILON)
     per_unit = ops.divide(limit, largest)  # not `limit / largest`, which torch computes as `limit * (1 / largest)`
     return ops.round(x * per_unit), largest / limit
@@ -49,7 +51,8 @@ def straight_through(
     quantized,  # what the forward pass uses instead, a tensor of the same shape
 ):              # the numbers of `quantized` with the gradient of `value`
     "Use `quantized` forward, and pass gradients to `value` unchanged ([arXiv 1308.3432](https://arxiv.org/abs/1308.3432))."
-    return value + ops.stop_gradient(quantized - value)
+    value, quantized = ops.convert_to_tensor(value), ops.convert_to_tensor(quantized)
+    return ops.stop_gradient(quantized) + (value - ops.stop_gradient(value))
 
 # %% ../nbs/quantizers.ipynb #f19ef7dd
 class StraightThroughQuantizer(keras.quantizers.Quantizer):
@@ -69,9 +72,6 @@ class StraightThroughQuantizer(keras.quantizers.Quantizer):
         x = to_float32(x)
         values, scale = self.quantize(ops.stop_gradient(x))  # nothing in here needs a gradient, and training is faster for it
         return straight_through(x, values * scale)
-
-    def get_config(self):
-        return {}
 
 # %% ../nbs/quantizers.ipynb #c94099da
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -151,14 +151,14 @@ ALIASES = {
 
 def get(
     identifier,  # a name among `ALIASES`, a quantizer, or the dict that `keras.saving.serialize_keras_object` makes of one
-):               # a `keras.quantizers.Quantizer`
+):               # a `StraightThroughQuantizer`
     "Find a quantizer by name, by configuration, or return the one that is passed. Raises `ValueError` for anything else."
     if isinstance(identifier, str) and identifier in ALIASES:
         return ALIASES[identifier]()
     quantizer = keras.saving.deserialize_keras_object(identifier) if isinstance(identifier, dict) else identifier
-    if not isinstance(quantizer, keras.quantizers.Quantizer):
+    if not isinstance(quantizer, StraightThroughQuantizer):
         raise ValueError(
             f"Could not interpret the quantizer identifier, expected one of {sorted(ALIASES)} or a "
-            f"`keras.quantizers.Quantizer`. Received: {identifier!r}"
+            f"`keras_mml.quantizers.StraightThroughQuantizer`. Received: {identifier!r}"
         )
     return quantizer

@@ -15,7 +15,10 @@ def gradients(
     *inputs,    # float arrays to evaluate it at, each of any shape
 ):              # a list of NumPy arrays, one per input, each in the shape of its input
     "The gradient of `function(*inputs).sum()` with respect to every input, on the current backend."
-    return _ON_BACKEND[keras.backend.backend()](function, [np.asarray(x) for x in inputs])
+    inputs = [np.asarray(x) for x in inputs]
+    if not all(np.issubdtype(x.dtype, np.floating) for x in inputs):
+        raise ValueError(f"Gradients need float inputs. Received dtypes: {[str(x.dtype) for x in inputs]}")
+    return _ON_BACKEND[keras.backend.backend()](function, inputs)
 
 # %% ../nbs/testing.ipynb #8b8376a8
 def _torch_gradients(function, inputs):

@@ -75,11 +75,17 @@ def test_every_documented_argument_of_dense_has_the_same_default():
         (dict(units=3, activation="reluu"), "reluu"),
         (dict(units=3, norm="layer"), "norm='layer'"),
         (dict(units=3, norm=None, norm_gain=True), "norm_gain"),
-        (dict(units=3, scale="row"), "Received: 'row'"),
-        (dict(units=3, scale=None), "Received: None"),
-        (dict(units=3, activation_bits=1), "bits=1"),
-        (dict(units=3, activation_bits=8.0), "bits=8.0"),
-        (dict(units=3, activation_bits="absmux"), "absmax"),
+        (dict(units=3, scale="row"), "`scale`, expected \"tensor\", \"channel\" or"),
+        (dict(units=3, scale="row"), "Received: scale='row'"),
+        (dict(units=3, scale=None), "scale=None"),
+        (dict(units=3, scale="absmax"), "scale='absmax'"),
+        (dict(units=3, scale=np.ones(3)), "`scale`"),
+        (dict(units=3, scale=keras.quantizers.AbsMaxQuantizer(axis=-1)), "StraightThroughQuantizer"),
+        (dict(units=3, activation_bits=1), "`activation_bits`, expected an integer from 2 to 8"),
+        (dict(units=3, activation_bits=8.0), "activation_bits=8.0"),
+        (dict(units=3, activation_bits=True), "activation_bits=True"),
+        (dict(units=3, activation_bits=None), "activation_bits=None"),
+        (dict(units=3, activation_bits="absmean"), "activation_bits='absmean'"),
         (dict(units=3, kernel_initializer="glorot"), "glorot"),
     ],
 )
@@ -100,16 +106,11 @@ def test_invalid_inputs_say_what_was_expected():
         layer(np.ones((2, 5), "float32"))
 
 
-def test_quantized_dtype_policies_are_refused():
-    with pytest.raises((ValueError, NotImplementedError)):
-        DenseMML(3, dtype="int8_from_float32")(np.ones((2, 4), "float32"))
-
-
-def numpy_reference(x, kernel, bias, scale="tensor", bits=8, norm=True):
+def numpy_reference(x, kernel, bias, scale="tensor", bits=8, norm=True, gain=1.0):
     "The four steps of the layer with an exact integer product."
     x = np.asarray(x, "float64")
     if norm:
-        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain
     limit = 2 ** (bits - 1) - 1
     s = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-5) / limit
     gamma = np.maximum(np.abs(kernel).mean(axis=0 if scale == "channel" else None), 1e-5)
@@ -119,14 +120,19 @@ def numpy_reference(x, kernel, bias, scale="tensor", bits=8, norm=True):
 
 @pytest.mark.parametrize("scale", ["tensor", "channel"])
 @pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("norm", ["rms", None])
+@pytest.mark.parametrize("norm", ["rms", "rms with gain", None])
 def test_output_is_the_integer_product(scale, bits, norm):
     rng = np.random.default_rng(1)
-    layer = DenseMML(33, scale=scale, activation_bits=bits, norm=norm, bias_initializer="random_normal")
-    x = rng.normal(size=(7, 51)).astype("float32")
+    arguments = dict(norm="rms" if norm else None, norm_gain=norm == "rms with gain")
+    layer = DenseMML(33, scale=scale, activation_bits=bits, bias_initializer="random_normal", **arguments)
+    x, gain = rng.normal(size=(7, 51)).astype("float32"), 1.0
+    layer.build(x.shape)
+    if layer.norm_gain:
+        gain = rng.uniform(0.5, 2, 51)
+        layer.gain.assign(gain)
     y = ops.convert_to_numpy(layer(x))
     kernel, bias = (ops.convert_to_numpy(w) for w in (layer.kernel, layer.bias))
-    expected, step = numpy_reference(x, kernel, bias, scale, bits, norm == "rms")
+    expected, step = numpy_reference(x, kernel, bias, scale, bits, bool(norm), gain)
     # float rounding, and where float32 and float64 round a tie differently, one step of one input
     close = np.abs(y - expected) <= 1e-4 + 1e-5 * np.abs(expected)
     assert close.mean() > 0.95 and np.all(np.abs(y - expected) <= step * 1.01 + 1e-4)
@@ -139,6 +145,24 @@ def test_integer_float64_and_float32_inputs_agree():
     for y in outputs:
         assert y.dtype == np.float32
         np.testing.assert_array_equal(y, outputs[0])
+
+
+@pytest.mark.parametrize("norm", ["rms", None])
+def test_empty_batches_give_empty_outputs(norm):
+    layer = DenseMML(3, norm=norm)
+    assert tuple(layer(np.ones((0, 4), "float32")).shape) == (0, 3)
+    assert tuple(layer(np.ones((2, 0, 4), "float32")).shape) == (2, 0, 3)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras has sparse tensors on tensorflow")
+def test_sparse_inputs_are_accepted():
+    import tensorflow as tf
+
+    dense = np.eye(4, 6, dtype="float32")
+    inputs = keras.Input((6,), sparse=True)
+    layer = DenseMML(3)
+    model = keras.Model(inputs, layer(inputs))
+    np.testing.assert_array_equal(ops.convert_to_numpy(model(tf.sparse.from_dense(dense))), ops.convert_to_numpy(layer(dense)))
 
 
 def test_zero_rows_and_rows_that_are_not_numbers():
@@ -155,6 +179,28 @@ def test_zero_rows_and_rows_that_are_not_numbers():
 def test_zero_kernel_gives_the_bias():
     y = DenseMML(4, kernel_initializer="zeros", bias_initializer="ones")(np.ones((2, 6), "float32"))
     np.testing.assert_array_equal(ops.convert_to_numpy(y), np.ones((2, 4)))
+
+
+class Recording(AbsmeanTernary):
+    "Remembers the trits it gave."
+
+    def quantize(self, x):
+        self.trits, scale = super().quantize(x)
+        return self.trits, scale
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_rounds_the_full_precision_weights(dtype):
+    # Weights so close to the threshold that a kernel cast to half precision first would give other trits.
+    kernel = np.ones((64, 8), "float32")
+    kernel[::2] = np.linspace(0.33332, 0.33334, 8, dtype="float32")  # half of the mean is 1/3
+    layer = DenseMML(8, dtype=dtype, scale=Recording())
+    layer.build((None, 64))
+    layer.kernel.assign(kernel)
+    layer(np.ones((2, 64), "float32"))
+    expected = np.clip(np.round(kernel / np.abs(kernel).mean()), -1, 1)
+    assert 0 < expected[0].sum() < 8
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel_quantizer.trits), expected)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
@@ -190,6 +236,74 @@ def test_gradients_of_all_weights_match_the_formula():
     np.testing.assert_allclose(dx, upstream @ (gamma * T).T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dkernel, (q * s).T @ upstream, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dbias, upstream.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gain_of_the_normalisation_learns():
+    rng = np.random.default_rng(0)
+    layer = DenseMML(8, norm_gain=True, use_bias=False)
+    x, upstream = rng.normal(size=(5, 12)).astype("float32"), rng.normal(size=(5, 8)).astype("float32")
+    layer(x)
+    kernel, gain = ops.convert_to_numpy(layer.kernel), rng.uniform(0.5, 2, 12).astype("float32")
+
+    def weighted(gain):
+        return ops.multiply(layer.stateless_call([kernel, gain], [], x)[0], upstream)
+
+    T, gamma = (ops.convert_to_numpy(t) for t in AbsmeanTernary().quantize(kernel))
+    normalized = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(gradients(weighted, gain)[0], (upstream @ (gamma * T).T * normalized).sum(0), rtol=1e-3, atol=1e-4)
+
+
+def test_rms_norm_multiplies_and_adds():
+    rng = np.random.default_rng(0)
+    layer = RMSNorm(use_bias=True)
+    x, gain, bias = rng.normal(size=(3, 6)), rng.normal(size=6), rng.normal(size=6)
+    layer.build(x.shape)
+    layer.gain.assign(gain), layer.bias.assign(bias)
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain + bias
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+WEIGHTS = [(DenseMML, dict(units=3), "kernel"), (DenseMML, dict(units=3), "bias"), (RMSNorm, {}, "gain"), (RMSNorm, dict(use_bias=True), "bias")]
+
+
+@pytest.mark.parametrize("cls, arguments, weight", WEIGHTS)
+def test_regularizers_and_constraints_see_their_weight(cls, arguments, weight):
+    kwargs = {f"{weight}_initializer": "ones", f"{weight}_regularizer": keras.regularizers.L1(0.5)}
+    layer = cls(**arguments, **kwargs)
+    layer(np.ones((2, 4), "float32"))
+    (loss,) = layer.losses
+    assert float(loss) == pytest.approx(0.5 * int(np.prod(getattr(layer, weight).shape)))
+
+    layer = cls(**arguments, **{f"{weight}_constraint": keras.constraints.MaxNorm(0.01, axis=0)})
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile(optimizer=keras.optimizers.SGD(1.0), loss="mse")
+    model.train_on_batch(np.ones((2, 4), "float32"), np.ones((2, model.output_shape[-1]), "float32"))
+    assert np.linalg.norm(ops.convert_to_numpy(getattr(layer, weight)), axis=0).max() <= 0.0101
+
+
+def test_activity_regularizer_sees_the_outputs():
+    layer = DenseMML(3, kernel_initializer="zeros", bias_initializer="ones", activity_regularizer=keras.regularizers.L1(1.0))
+    layer(np.ones((2, 4), "float32"))
+    assert float(layer.losses[0]) == pytest.approx(3.0)  # summed over units, averaged over the batch
+
+
+@pytest.mark.parametrize("cls", [DenseMML, RMSNorm])
+def test_the_configuration_names_every_argument(cls):
+    parameters = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+    assert parameters <= set(cls(**(dict(units=3) if cls is DenseMML else {})).get_config())
+
+
+def test_every_argument_survives_a_round_trip():
+    arguments = dict(
+        units=3, activation="relu", use_bias=True, kernel_initializer="he_normal", bias_initializer="ones", kernel_regularizer="l1",
+        bias_regularizer="l2", activity_regularizer="l1", kernel_constraint="non_neg", bias_constraint="max_norm", norm="rms",
+        norm_gain=True, scale=AbsmeanTernary("channel"), activation_bits=AbsmaxInt(5),
+    )  # fmt: skip
+    layer = DenseMML(**arguments)
+    again = DenseMML.from_config(json.loads(json.dumps(layer.get_config())))
+    for name in arguments:
+        assert type(getattr(again, name)) is type(getattr(layer, name)), name
+    assert again.activation_quantizer.bits == 5 and again.kernel_quantizer.scale == "channel"
 
 
 def test_masks_pass_through():
@@ -245,6 +359,9 @@ class SignQuantizer(StraightThroughQuantizer):
     def quantize(self, x):
         return ops.sign(x), ops.mean(ops.abs(x))
 
+    def get_config(self):
+        return {}
+
 
 def test_own_quantizers_work_and_are_saved(tmp_path):
     model = keras.Sequential([keras.Input((6,)), DenseMML(4, scale=SignQuantizer())])
@@ -255,9 +372,21 @@ def test_own_quantizers_work_and_are_saved(tmp_path):
     np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), ops.convert_to_numpy(model(x)))
 
 
+def test_a_quantizer_without_configuration_is_not_saved_silently():
+    class Forgetful(StraightThroughQuantizer):
+        def quantize(self, x):
+            return ops.sign(x), 1.0
+
+    with pytest.raises(NotImplementedError, match="get_config"):
+        DenseMML(3, scale=Forgetful()).get_config()
+
+
 def test_keras_post_training_quantization_leaves_the_layer_alone():
     model = keras.Sequential([keras.Input((6,)), DenseMML(4), keras.layers.Dense(2)])
     x = np.random.default_rng(0).normal(size=(2, 6)).astype("float32")
     before = ops.convert_to_numpy(model.layers[0](x))
-    model.quantize("int8", filters="^dense$|^dense_[0-9]+$")
+    with pytest.warns(UserWarning, match="does not have a `quantize` method"):
+        model.quantize("int8")
+    assert model.layers[1].dtype_policy.name == "int8_from_float32"
+    assert model.layers[0].dtype_policy.name == "float32"
     np.testing.assert_array_equal(ops.convert_to_numpy(model.layers[0](x)), before)

@@ -25,7 +25,7 @@ def test_notebooks_are_executed_and_clean(path):
             assert any("image/svg+xml" in o.get("data", {}) for o in cell["outputs"]), "a plot is missing"
         for output in cell["outputs"]:
             assert output["output_type"] != "error"
-            shown = "".join(output.get("text", []))
+            shown = "".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
             assert "\x1b[" not in shown and "\r" not in shown and "\b" not in shown
 
 

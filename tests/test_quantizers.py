@@ -70,6 +70,13 @@ def test_gradients_pass_unchanged(x, quantizer):
     np.testing.assert_array_equal(gradient, upstream)
 
 
+@given(matrices, st.floats(-1e4, 1e4, width=32))
+def test_the_forward_pass_uses_exactly_three_numbers(w, outlier):
+    w.flat[0] = outlier
+    _, scale = numpy(absmean_ternary(w))
+    assert set(np.unique(ops.convert_to_numpy(AbsmeanTernary()(w)))) <= {-scale.item(), 0.0, scale.item()}
+
+
 def test_ties_round_to_even():
     q, _ = numpy(absmax_int(np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])))
     np.testing.assert_array_equal(q, [[127, 0, 2, 2, 0, -2]])
@@ -79,11 +86,14 @@ def test_ties_round_to_even():
 def test_what_is_no_number_stays_visible(bad):
     w = np.ones((3, 3), "float32")
     w[1, 1] = bad
-    assert not np.isfinite(ops.convert_to_numpy(AbsmeanTernary()(w))).all()
-    assert not np.isfinite(ops.convert_to_numpy(AbsmaxInt()(w))[1]).all()
+    assert not np.isfinite(ops.convert_to_numpy(AbsmeanTernary()(w))).any()
+    assert not np.isfinite(ops.convert_to_numpy(AbsmaxInt()(w))[1]).any()
     np.testing.assert_allclose(ops.convert_to_numpy(AbsmaxInt()(w))[[0, 2]], 1)
 
 
 def test_aliases_are_documented_quantizers():
     for name in quantizers.ALIASES:
         assert isinstance(quantizers.get(name), quantizers.StraightThroughQuantizer)
+    assert quantizers.get("absmean").get_config() == {"scale": "tensor"}
+    assert quantizers.get("absmean_channel").get_config() == {"scale": "channel"}
+    assert quantizers.get("absmax").get_config() == {"bits": 8}

@@ -22,6 +22,7 @@ from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
+REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
 
 
@@ -46,6 +47,8 @@ def process():
         up = "../" * (len(path.relative_to(PROCESSED).parts) - 1)
         for cell in notebook.cells:
             cell.source = relative_links(cell.source, up)
+            if cell.cell_type == "code" and re.search(r"^class ", cell.source, re.M):  # long, and just documented
+                cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
@@ -83,7 +86,7 @@ def documentation(markdown):
 def render():
     "Render _proc into _proc/_docs."
     if shutil.which("quarto"):
-        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute"], check=True)
+        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute", "-M", "html-math-method:katex"], check=True)
     else:
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(PROCESSED)], check=True)
     return PROCESSED / "_docs"
@@ -94,6 +97,7 @@ def localise(site):
     for page in site.rglob("*.html"):
         up = "../" * (len(page.relative_to(site).parts) - 1)
         text = KATEX_CDN.sub(f"{up}assets/katex/", page.read_text(encoding="utf8"))
+        text = REMOTE_SCRIPT.sub("", text)  # Quarto's require.js for widgets, of which there are none
         page.write_text(text, encoding="utf8")
     for sheet in site.rglob("*.css"):
         text = sheet.read_text(encoding="utf8")

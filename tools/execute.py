@@ -79,7 +79,9 @@ def tidy(notebook):
         for output in merged:
             if output.output_type == "stream":
                 output.text = shown(output.text)
-            for mime, data in output.get("data", {}).items():
+            for mime, data in list(output.get("data", {}).items()):
+                if mime == "text/plain":
+                    output.data[mime] = ANSI.sub("", data)
                 if mime == "image/svg+xml":  # the date would make every run a change
                     output.data[mime] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", data)
         cell.outputs = [o for o in merged if o.output_type != "stream" or o.text.strip()]

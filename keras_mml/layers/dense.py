@@ -16,8 +16,8 @@ from .normalization import defined_last_dimension, rms_normalize
 def quantized_matmul(
     x,                     # activations, shape `(..., dim)`
     kernel,                # latent weights, shape `(dim, units)`
-    activation_quantizer,  # a `keras.quantizers.Quantizer` for `x`
-    kernel_quantizer,      # a `keras.quantizers.Quantizer` for `kernel`
+    activation_quantizer,  # a quantizer for `x`
+    kernel_quantizer,      # a quantizer for `kernel`
     dtype,                 # the dtype to multiply in, such as "float32" or "bfloat16"
 ):                         # `x @ kernel` of the quantised values, shape `(..., units)`, in `dtype`
     "Quantise both factors, straight-through, and multiply."
@@ -48,10 +48,12 @@ class DenseMML(keras.layers.Layer):
 
     Input shape:
         `(batch, ..., input_dim)`, of any rank from 2 up. Integers and float64 are accepted and cast. A row that holds
-        a NaN or an infinity gives a row of NaN; a row of zeros gives `activation(bias)`.
+        a NaN or an infinity gives a row of NaN; a row of zeros gives `activation(bias)`. Values beyond 1e19, whose
+        squares float32 cannot hold, vanish in the normalisation.
 
     Output shape:
-        `(batch, ..., units)`, in the compute dtype of the layer. Masks pass through.
+        `(batch, ..., units)`, in the compute dtype of the layer. Masks pass through. In half precision the trits and
+        integers are the same, but their scaled values are rounded to the compute dtype before they are multiplied.
 
     Raises:
         ValueError: for an invalid argument, an undefined last dimension, a rank below 2, or inputs of another size
@@ -106,10 +108,10 @@ class DenseMML(keras.layers.Layer):
         self.bias_constraint = constraints.get(bias_constraint)
         self.norm = norm
         self.norm_gain = norm_gain
-        self.scale = scale
-        self.activation_bits = activation_bits
         self.kernel_quantizer = kernel_quantizer_for(scale)
         self.activation_quantizer = activation_quantizer_for(activation_bits)
+        self.scale = scale if isinstance(scale, str) else self.kernel_quantizer
+        self.activation_bits = activation_bits if isinstance(activation_bits, (int, str)) else self.activation_quantizer
         self.kernel = None
         self.bias = None
         self.gain = None
@@ -169,15 +171,27 @@ class DenseMML(keras.layers.Layer):
 
 # %% ../../nbs/layers/dense.ipynb #3febf7cc
 def kernel_quantizer_for(
-    scale,  # "tensor", "channel", or what quantizers.get accepts
-):          # a `keras.quantizers.Quantizer` for the kernel
+    scale,  # "tensor", "channel", or a quantizer for kernels as an object or configuration
+):          # a quantizer for the kernel
     'The quantizer that the argument `scale` of a layer stands for.'
-    return quantizers.AbsmeanTernary(scale) if scale in ("tensor", "channel") else quantizers.get(scale)
+    names = {"tensor": "absmean", "channel": "absmean_channel", "absmean": "absmean", "absmean_channel": "absmean_channel"}
+    expected = '"tensor", "channel" or a `keras_mml.quantizers.StraightThroughQuantizer` for kernels'
+    return _quantizer_for(scale, names, "scale", expected)
 
 def activation_quantizer_for(
-    activation_bits,  # an integer from 2 to 8, or what quantizers.get accepts
-):                    # a `keras.quantizers.Quantizer` for the inputs
+    activation_bits,  # an integer from 2 to 8, "absmax", or a quantizer for activations as an object or configuration
+):                    # a quantizer for the inputs
     'The quantizer that the argument `activation_bits` of a layer stands for.'
-    if isinstance(activation_bits, (int, float)):
+    if type(activation_bits) is int and 2 <= activation_bits <= 8:
         return quantizers.AbsmaxInt(activation_bits)
-    return quantizers.get(activation_bits)
+    expected = 'an integer from 2 to 8 or a `keras_mml.quantizers.StraightThroughQuantizer` for activations'
+    return _quantizer_for(activation_bits, {"absmax": "absmax"}, "activation_bits", expected)
+
+# %% ../../nbs/layers/dense.ipynb #49d1e7d7
+def _quantizer_for(value, names, argument, expected):
+    "The quantizer among `names`, or the one that is passed; a `ValueError` that names the argument for anything else."
+    try:
+        return quantizers.get(names[value] if isinstance(value, str) else value)
+    except (KeyError, ValueError):
+        message = f"Received an invalid value for `{argument}`, expected {expected}. Received: {argument}={value!r}"
+        raise ValueError(message) from None

@@ -32,6 +32,7 @@ def planned_runs():
             groups[name] = [dict(setup, layer=layer, activation=activation, decay=decay) for layer in both]
     main = set(groups)
     groups["misplaced scales"] = [dict(free, layer=layer) for layer in ("scale outside", "unit length", "unit length, scale outside")]
+    groups["what makes it nonlinear"] = [dict(free, layer="RMSNorm + Dense")]
     groups["ternary last layer"] = [dict(setup, layer="DenseMML", activation="relu", decay=True, last="DenseMML")]
     groups["ten layers"] = [dict(setup, layer=layer, activation="relu", decay=False, depth=10, epochs=6) for layer in both]
     groups["widths"] = [
@@ -50,7 +51,7 @@ def hidden_layers(kind, units, activation):
     import keras
     from keras import ops
 
-    from keras_mml.layers import DenseMML
+    from keras_mml.layers import DenseMML, RMSNorm
     from keras_mml.quantizers import AbsmaxInt, straight_through
 
     class ScaleOutside(AbsmaxInt):
@@ -62,6 +63,8 @@ def hidden_layers(kind, units, activation):
 
     if kind == "Dense":
         return [keras.layers.Dense(units, activation=activation)]
+    if kind == "RMSNorm + Dense":
+        return [RMSNorm(has_learnable_weights=False), keras.layers.Dense(units, activation=activation)]
     bits = ScaleOutside() if "scale outside" in kind else 8
     if "unit length" in kind:  # rows of length 1 instead of root mean square 1
         return [keras.layers.UnitNormalization(), DenseMML(units, activation=activation, norm=None, activation_bits=bits)]
@@ -102,6 +105,7 @@ def train(run):
         parameters=model.count_params(),
         train_loss=history["loss"],
         validation_accuracy=history["val_accuracy"],
+        environment=environment(),
     )
 
 
@@ -125,7 +129,7 @@ def main():
         for future in tqdm(as_completed([pool.submit(train, run) for run in todo]), total=len(todo), unit="run"):
             results.append(future.result())
             results.sort(key=lambda r: planned.index({k: r[k] for k in keys}))
-            save(RESULTS, dict(environment=environment(), runs=results))
+            save(RESULTS, dict(runs=results))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ def environment():
     import numpy
 
     backend = keras.backend.backend()
+    on_cpu = "cpu" in str(keras.ops.zeros(1).device).lower()
     return dict(
         processor=processor_name(),
         python=platform.python_version(),
         keras=keras.__version__,
-        backend=f"{backend} {__import__(backend).__version__}",
+        backend=f"{backend} {__import__(backend).__version__} on the {'CPU' if on_cpu else 'GPU'}",
         numpy=numpy.__version__,
     )
 
