@@ -57,7 +57,7 @@ sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean
 	@$(BIN)/nbdev_clean $(or_stop)
 	@$(BIN)/python tools/build_site.py --readme $(or_stop)
 
-benchmark: .venv/.ready-backends ## measure accuracy and step times anew (hours; resumes where it stopped)
+benchmark: .venv/.ready-backends ## measure accuracy and step times anew (hours; an interrupted run goes on)
 	@$(BIN)/python nbs/benchmarks/accuracy.py $(or_stop)
 	@$(BIN)/python nbs/benchmarks/step_time.py $(or_stop)
 

@@ -204,7 +204,7 @@ def test_mixed_precision_rounds_the_full_precision_weights(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
-def test_half_precision_uses_the_same_trits_and_integers(dtype):
+def test_half_precision_stays_close_to_full_precision(dtype):
     full, half = DenseMML(16), DenseMML(16, dtype=dtype)
     x = np.random.default_rng(0).normal(size=(4, 64)).astype("float32")
     full(x), half(x)

@@ -109,37 +109,23 @@ def write_readme():
     config = get_config()
     site = (config.doc_host + config.doc_baseurl).rstrip("/") + "/"
     notebook = nbformat.read(SOURCE / "index.ipynb", 4)
-    for cell in list(notebook.cells):
+    cells = []
+    for cell in notebook.cells:
         directives = re.findall(r"^#\| *(.+)$", cell.source, re.M) if cell.cell_type == "code" else []
-        if "hide" in directives or any(d.startswith("default_exp") for d in directives):
-            notebook.cells.remove(cell)
-            continue
-        if "echo: false" in directives:
-            cell.metadata["hide_source"] = True
-        if cell.cell_type == "code":
-            cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
+        if "echo: false" in directives:  # only what it shows
+            cells += [nbformat.v4.new_markdown_cell(output.data["text/markdown"]) for output in cell.outputs]
+        elif not any(d == "hide" or d.startswith("default_exp") for d in directives):
+            cells.append(cell)
+    notebook.cells = cells
     notebook.metadata["language_info"] = {"name": "python"}  # the fences say so
     exporter = MarkdownExporter()
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    markdown, _ = exporter.from_notebook_node(without_sources(notebook))
+    markdown, _ = exporter.from_notebook_node(notebook)
     markdown = re.sub(r"\]\((?!https?:|#)([\w/-]+)\.ipynb", rf"]({site}\1.html", markdown)
     markdown = re.sub(r"\]\((?!https?:|#)(images/)", r"](nbs/\1", markdown)
     markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
-    header = "<!-- Generated from nbs/index.ipynb by `make docs`. Edit the notebook. -->\n\n"
+    header = "<!-- Generated from nbs/index.ipynb by `make sync`. Edit the notebook. -->\n\n"
     (ROOT / "README.md").write_text(header + markdown, encoding="utf8")
-
-
-def without_sources(notebook):
-    "Replace cells whose source is hidden by their Markdown outputs."
-    cells = []
-    for cell in notebook.cells:
-        if not cell.metadata.get("hide_source"):
-            cells.append(cell)
-            continue
-        for output in cell.outputs:
-            cells.append(nbformat.v4.new_markdown_cell(output.get("data", {}).get("text/markdown", "")))
-    notebook.cells = cells
-    return notebook
 
 
 def main():

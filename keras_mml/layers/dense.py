@@ -42,7 +42,7 @@ class DenseMML(keras.layers.Layer):
         norm: `"rms"` to divide each input row by its root mean square first, or `None`.
         norm_gain: whether that normalisation learns a gain of shape `(input_dim,)`.
         scale: `"tensor"` for one scale for the kernel, `"channel"` for one per output unit, or a quantizer for the
-            kernel: an object, or a name that `keras_mml.quantizers.get` knows.
+            kernel: an object, or the name `"absmean"` or `"absmean_channel"`.
         activation_bits: width of the quantised inputs, an integer from 2 to 8, or a quantizer for the inputs.
         **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
 

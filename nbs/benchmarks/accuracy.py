@@ -2,8 +2,8 @@
 
     python nbs/benchmarks/accuracy.py [--workers N] [--threads N] [--only GROUP]
 
-Every run is a process of its own. Runs that are already in `accuracy.json` are kept, so the script can be stopped and started
-again; delete the file to measure everything anew.
+Every run is a process of its own. Finished runs go to `accuracy.partial.json`, so the script can be stopped and started again;
+only when all are done do they take the place of the earlier ones in `accuracy.json`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from measure import environment, save
 from tqdm import tqdm
 
 RESULTS = Path(__file__).with_suffix(".json")
+PARTIAL = Path(__file__).with_suffix(".partial.json")
 SEEDS, MAIN_SEEDS = 3, 8  # the main comparison is between close numbers, so it gets more seeds
 
 
@@ -118,18 +119,29 @@ def main():
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ["OMP_NUM_THREADS"] = args.threads  # inherited by the workers
 
-    results = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     planned = planned_runs()
-    keys = planned[0].keys()
-    results = [r for r in results if {k: r[k] for k in keys} in planned]
-    done = [{k: r[k] for k in keys} for r in results]
-    todo = [run for run in planned if run not in done and args.only in (None, run["group"])]
-    todo.sort(key=lambda run: (-run["width"], run["group"] != "misplaced scales"))  # the longest first, so that none is left running alone
+    measured = load(PARTIAL)
+    done = {settings(run) for run in measured}
+    todo = [run for run in planned if settings(run) not in done and args.only in (None, run["group"])]
+    todo.sort(key=lambda run: -run["width"])  # the longest first, so that none is left running alone
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in tqdm(as_completed([pool.submit(train, run) for run in todo]), total=len(todo), unit="run"):
-            results.append(future.result())
-            results.sort(key=lambda r: planned.index({k: r[k] for k in keys}))
-            save(RESULTS, dict(runs=results))
+            measured.append(future.result())
+            save(PARTIAL, dict(runs=measured))
+    # The earlier runs stay where nothing was measured anew; what is no longer planned goes.
+    latest = {settings(run): run for run in load(RESULTS) + measured}
+    save(RESULTS, dict(runs=[latest[settings(run)] for run in planned if settings(run) in latest]))
+    PARTIAL.unlink(missing_ok=True)
+
+
+def load(path):
+    "The runs saved in a file, none if there is no such file."
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def settings(run):
+    "What tells one run from another, planned or finished."
+    return tuple(run[name] for name in ("group", "layer", "width", "depth", "epochs", "last", "activation", "decay", "seed"))
 
 
 if __name__ == "__main__":
