@@ -11,6 +11,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from .. import quantizers
 from .normalization import defined_last_dimension, rms_normalize
+from .packed import PackableLayer
 
 # %% ../../nbs/layers/dense.ipynb #23e68554
 def quantized_matmul(
@@ -25,7 +26,7 @@ def quantized_matmul(
 
 # %% ../../nbs/layers/dense.ipynb #180b371f
 @keras.saving.register_keras_serializable(package="keras_mml")
-class DenseMML(keras.layers.Layer):
+class DenseMML(PackableLayer):
     """A densely connected layer with ternary weights and int8 activations: `keras.layers.Dense` without multiplications.
 
     It trains latent float weights through straight-through estimators. Every forward pass already uses the quantised
@@ -44,6 +45,8 @@ class DenseMML(keras.layers.Layer):
         scale: `"tensor"` for one scale for the kernel, `"channel"` for one per output unit, or a quantizer for the
             kernel: an object, or the name `"absmean"` or `"absmean_channel"`.
         activation_bits: width of the quantised inputs, an integer from 2 to 8, or a quantizer for the inputs.
+        packed: whether the layer starts packed: with 2-bit weights and integer kernels, for inference only. `pack()` and
+            files of packed models make such layers.
         **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -88,6 +91,7 @@ class DenseMML(keras.layers.Layer):
         norm_gain=False,
         scale="tensor",
         activation_bits=8,
+        packed=False,
         **kwargs,
     ):
         if not isinstance(units, int) or isinstance(units, bool) or units <= 0:
@@ -96,7 +100,7 @@ class DenseMML(keras.layers.Layer):
             raise ValueError(f'Received an invalid value for `norm`, expected "rms" or None. Received: norm={norm!r}')
         if norm_gain and norm is None:
             raise ValueError('`norm_gain=True` needs `norm="rms"`: there is no normalisation to scale. Received: norm=None')
-        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        super().__init__(activity_regularizer=activity_regularizer, packed=packed, **kwargs)
         self.units = units
         self.activation = activations.get(activation)
         self.use_bias = use_bias
@@ -112,21 +116,16 @@ class DenseMML(keras.layers.Layer):
         self.activation_quantizer = activation_quantizer_for(activation_bits)
         self.scale = scale if isinstance(scale, str) else self.kernel_quantizer
         self.activation_bits = activation_bits if isinstance(activation_bits, (int, str)) else self.activation_quantizer
-        self.kernel = None
-        self.bias = None
-        self.gain = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
     def build(self, input_shape):
         input_dim = defined_last_dimension(self, input_shape)
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(input_dim, self.units),
+        self.add_kernel(
+            (input_dim, self.units),
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            autocast=False,
         )
         if self.use_bias:
             self.bias = self.add_weight(
@@ -140,7 +139,9 @@ class DenseMML(keras.layers.Layer):
             self.gain = self.add_weight(name="gain", shape=(input_dim,), initializer="ones", autocast=False)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: input_dim})
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        if self.packed:
+            return self.activation(self.packed_product(inputs, training))
         x = rms_normalize(inputs, self.gain) if self.norm == "rms" else inputs
         outputs = quantized_matmul(x, self.kernel, self.activation_quantizer, self.kernel_quantizer, self.compute_dtype)
         if self.bias is not None:

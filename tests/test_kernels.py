@@ -1,0 +1,325 @@
+"""The kernels: exact integers for every shape, instruction set, thread count and process; the same floats as NumPy."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mml import kernels
+from keras_mml.kernels import linear_numpy, product_numpy, ternary_linear
+from keras_mml.packing import pack_ternary, packed_shape, unpack_ternary
+
+ROOT = Path(__file__).resolve().parent.parent
+vector_kernels = kernels.vector_kernels()
+needs_numba = pytest.mark.skipif(vector_kernels is None, reason="numba is not installed")
+sizes = st.integers(1, 300) | st.sampled_from([15, 16, 17, 63, 64, 65, 128, 1000])
+
+
+def problem(rows, dim, units, seed=0, limit=127):
+    "Whole numbers that rounding keeps as they are, and trits."
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-limit, limit + 1, (rows, dim))
+    q[:, 0] = limit * rng.choice([-1, 1], rows)  # the largest of its row, so that the scale is 1
+    return q, rng.integers(-1, 2, (dim, units))
+
+
+def sums(q, trits, bits=8):
+    return ternary_linear(q.astype("float32"), pack_ternary(trits), trits.shape[1], 1.0, normalize=False, bits=bits)
+
+
+@given(sizes, st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(2, 8))
+def test_sums_are_exact(dim, units, rows, seed, bits):
+    q, trits = problem(rows, dim, units, seed, 2 ** (bits - 1) - 1)
+    np.testing.assert_array_equal(sums(q, trits, bits), q @ trits)
+    np.testing.assert_array_equal(product_numpy(q.astype(np.int8), pack_ternary(trits), units), q @ trits)
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_sums_are_exact_with_threads(threads, rows, monkeypatch):
+    numba = pytest.importorskip("numba")
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("one processor only")
+    monkeypatch.setattr(kernels, "PARALLEL", 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        assert kernels.thread_count() == threads
+        for dim, units in [(1, 1), (100, 70), (333, 500)]:
+            q, trits = problem(rows, dim, units)
+            np.testing.assert_array_equal(sums(q, trits), q @ trits)
+    finally:
+        numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dim", [2**19, 2**19 + 16])  # up to the limit of 32 bits, and beyond it
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_largest_sums_do_not_overflow(dim, rows):
+    for q in (127, -127):
+        for trit in (1, -1):
+            y = sums(np.full((rows, dim), q), np.full((dim, 3), trit))
+            np.testing.assert_array_equal(y, np.float32(q * trit * dim))
+
+
+@needs_numba
+@given(sizes, st.integers(1, 200), st.integers(1, 20), st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.integers(2, 8))
+def test_the_kernel_gives_the_floats_of_numpy(dim, units, rows, seed, normalize, vectors, bits):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(rows, dim)) * 10.0 ** rng.integers(-12, 12, (rows, 1))).astype("float32")
+    x[rng.random(rows) < 0.2] = 0
+    packed = pack_ternary(rng.integers(-1, 2, (dim, units)))
+    scale, bias, gain = (rng.normal(size=n).astype("float32") for n in (units, units, dim))
+    bias, gain = (bias, gain) if vectors else (None, None)
+    expected = linear_numpy(x, packed, units, scale, bias, gain, normalize, bits)
+    np.testing.assert_array_equal(ternary_linear(x, packed, units, scale, bias, gain, normalize, bits), expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rows", [5, 50])
+def test_rows_that_are_not_numbers_stay_alone(normalize, rows):
+    rng = np.random.default_rng(0)
+    x, packed = rng.normal(size=(rows, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
+    bias = np.arange(70, dtype="float32")
+    clean = ternary_linear(x, packed, 70, 1.0, bias, normalize=normalize)
+    x[0, 3], x[1, 99], x[2, 0], x[3] = np.nan, np.inf, -np.inf, 0
+    y = ternary_linear(x, packed, 70, 1.0, bias, normalize=normalize)
+    assert np.isnan(y[:3]).all()
+    np.testing.assert_array_equal(y[3], bias)
+    np.testing.assert_array_equal(y[4:], clean[4:])
+
+
+def test_inputs_of_any_memory_order_and_dtype():
+    q, trits = problem(12, 90, 30)
+    every, expected = np.zeros((24, 270)), q @ trits
+    every[::2, ::3] = q
+    packed = pack_ternary(trits)
+    inputs = [every[::2, ::3], np.asfortranarray(q.astype("float32")), q.astype("float64"), q.astype("int32"), q.astype("float16")]
+    for x in inputs + [every[::2, ::3].astype("float32")[::-1][::-1]]:
+        np.testing.assert_array_equal(ternary_linear(x, packed, 30, 1.0, normalize=False), expected)
+    shaped = ternary_linear(q.reshape(2, 3, 2, 90), packed, 30, 1.0, normalize=False)
+    np.testing.assert_array_equal(shaped, expected.reshape(2, 3, 2, 30))
+    assert ternary_linear(np.zeros((0, 90)), packed, 30, 1.0).shape == (0, 30)
+    memory = np.empty(packed.size + 1, np.uint8)
+    memory[1:] = packed.ravel()  # an odd address
+    unaligned = memory[1:].reshape(packed.shape)
+    np.testing.assert_array_equal(ternary_linear(q, unaligned, 30, 1.0, normalize=False), expected)
+
+
+@pytest.mark.parametrize("parallel", [kernels.PARALLEL, 0])
+def test_many_python_threads_at_once(parallel, monkeypatch):
+    monkeypatch.setattr(kernels, "PARALLEL", parallel)
+    problems = [problem(rows, 200, 130, rows) for rows in range(1, 33)] * 6
+    with ThreadPoolExecutor(8) as pool:
+        for (q, trits), y in zip(problems, pool.map(lambda p: sums(*p), problems)):
+            np.testing.assert_array_equal(y, q @ trits)
+
+
+def run_python(code, **environment):
+    "Run code in a process of its own, with this folder to import from; what it prints."
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+CHECK = """
+import numpy as np
+from test_kernels import problem, sums
+def check():
+    for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 50)]:
+        q, trits = problem(rows, dim, units)
+        np.testing.assert_array_equal(sums(q, trits), q @ trits)
+"""
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_computes_the_same():
+    code = CHECK + """
+import os
+from keras_mml import kernels
+kernels.PARALLEL = 0
+check()
+child = os.fork()
+if child == 0:
+    try:
+        check()
+        os._exit(0 if kernels.thread_count() == 1 else 2)
+    except BaseException:
+        os._exit(1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run_python(code) == "0"
+
+
+HOST = set() if vector_kernels is None else vector_kernels.cpu_features()
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "name, features, expected",
+    [
+        ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "avx2"),
+        ("haswell", None, "avx2"),
+        ("generic", None, "generic"),
+        ("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512vnni", "avx_vnni"),
+        ("alderlake", "+avx,+avx2,+fma,+avxvnni", "avx_vnni"),
+        ("icelake-server", "+avx2,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni", "avx512_vnni"),
+    ],
+)
+def test_other_processors(name, features, expected):
+    if "sse2" not in HOST or not {f[1:] for f in (features or "").split(",") if f} <= HOST:
+        pytest.skip("this processor cannot run that code")
+    environment = {"NUMBA_CPU_NAME": name, **({} if features is None else {"NUMBA_CPU_FEATURES": features})}
+    code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"
+    assert run_python(code, **environment) == expected
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "triple, features, expected",
+    [
+        ("aarch64-linux-gnu", "+neon,+dotprod", "sdot"),
+        ("aarch64-linux-gnu", "+neon", "mla"),
+        ("x86_64-linux-gnu", "+avx2,+avxvnni", "{vex}"),
+        ("x86_64-linux-gnu", "+avx512f,+avx512bw,+avx512vnni", "zmm"),
+    ],
+)
+def test_the_tile_compiles_for_processors_that_are_not_here(triple, features, expected):
+    from llvmlite import binding, ir
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    try:
+        target = binding.Target.from_triple(triple)
+    except RuntimeError:
+        pytest.skip("this LLVM was built without that target")
+    isa = vector_kernels.instruction_set({f[1:] for f in features.split(",")})
+    for rows in (1, isa.rows):
+        module = ir.Module()
+        module.triple = triple
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5), "tile")
+        builder = ir.IRBuilder(function.append_basic_block())
+        vector_kernels.emit_tile(builder, isa, rows, *function.args)
+        builder.ret_void()
+        machine = target.create_target_machine(features=features, opt=3)
+        assert expected in machine.emit_assembly(binding.parse_assembly(str(module)))
+
+
+@needs_numba
+def test_the_instruction_set_follows_the_features():
+    choose = vector_kernels.instruction_set
+    for features, name in [
+        ({"avx2", "avx512vnni", "avx512bw", "avx512vl", "avxvnni"}, "avx512_vnni"),
+        ({"avx2", "avxvnni"}, "avx_vnni"),
+        ({"avx2", "avx512f", "avx512bw"}, "avx2"),
+        ({"neon", "dotprod"}, "neon_dot"),
+        ({"neon"}, "generic"),
+        (set(), "generic"),
+    ]:
+        assert choose(features).name == name
+
+
+@needs_numba
+def test_numpy_takes_over_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(vector_kernels, "ISA", vector_kernels.GENERIC)
+    assert kernels.kernel_for(kernels.FLOAT_ROWS, 64, 64) == (None, 1)
+    assert kernels.kernel_for(1, 64, 64) == (vector_kernels.linear_at, 1)
+    q, trits = problem(20, 100, 70)
+    np.testing.assert_array_equal(sums(q, trits), q @ trits)
+
+
+@needs_numba
+def test_threads_respect_their_limits(monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert kernels.thread_count() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "64,2")
+    assert kernels.thread_count() == numba.get_num_threads()
+    assert kernels.kernel_for(1, 64, 64)[1] == 1  # too small to share
+    monkeypatch.setattr(kernels, "_forked", True)
+    assert kernels.thread_count() == 1
+
+
+def test_without_numba_the_results_are_the_same_with_one_warning():
+    code = """
+        import sys, warnings
+        sys.modules["numba"] = None
+        import numpy as np
+        from keras_mml.kernels import ternary_linear
+        from keras_mml.packing import pack_ternary
+        rng = np.random.default_rng(0)
+        x, packed = rng.normal(size=(5, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                y = ternary_linear(x, packed, 70, 0.1)
+        assert [w.category for w in caught] == [RuntimeWarning] and "pip install numba" in str(caught[0].message)
+        print(y.tobytes().hex())
+    """
+    rng = np.random.default_rng(0)
+    x, packed = rng.normal(size=(5, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
+    assert run_python(code) == ternary_linear(x, packed, 70, 0.1).tobytes().hex()
+
+
+def test_importing_the_package_does_not_import_the_compiler():
+    assert run_python("import sys, keras_mml; print('numba' in sys.modules, 'llvmlite' in sys.modules)") == "False False"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(packed=np.zeros((2, 7, 256), np.int8)), r"packed weights of shape \(2, 7, 256\) and dtype uint8. Received: shape .* int8"),
+        (dict(packed=np.zeros((1, 7, 256), np.uint8)), r"Received: shape \(1, 7, 256\)"),
+        (dict(units=200), r"packed weights of shape \(4, 7, 256\)"),
+        (dict(scale=np.ones(3)), r"`scale` must have shape \(70,\). Received: shape \(3,\)"),
+        (dict(bias=np.ones(100)), "`bias` must have shape"),
+        (dict(gain=np.ones(70)), "`gain` must have shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    arguments = dict(x=np.ones((2, 100)), packed=np.zeros((2, 7, 256), np.uint8), units=70, scale=1.0)
+    with pytest.raises(ValueError, match=message):
+        ternary_linear(**{**arguments, **changes})
+
+
+shapes = st.lists(st.integers(0, 20), max_size=4).map(tuple) | st.tuples(st.integers(1, 70), st.integers(1, 200))
+
+
+@given(shapes, st.sampled_from([2, 1.6]), st.integers(0, 2**32 - 1))
+def test_packing_comes_back_exactly(shape, bits, seed):
+    trits = np.random.default_rng(seed).integers(-1, 2, shape)
+    packed = pack_ternary(trits.astype(np.float32), bits)
+    assert packed.dtype == np.uint8
+    again = unpack_ternary(packed, shape, bits)
+    assert again.shape == shape and again.dtype == np.int8
+    np.testing.assert_array_equal(again, trits)
+
+
+def test_packed_sizes():
+    assert pack_ternary(np.zeros((784, 256))).shape == packed_shape(784, 256) == (4, 49, 256)
+    assert pack_ternary(np.zeros((784, 256)), bits=1.6).shape == (-(-784 * 256 // 5),)
+
+
+@pytest.mark.parametrize("bits", [2, 1.6])
+def test_damaged_or_foreign_bytes_are_refused(bits):
+    packed = pack_ternary(np.zeros((64, 64)), bits)
+    damaged = packed.copy()
+    damaged.flat[5] = 255
+    for wrong in (damaged, packed.ravel()[:-1], packed.astype(np.int16)):
+        with pytest.raises(ValueError):
+            unpack_ternary(wrong, (64, 64), bits)
+    with pytest.raises(ValueError, match="Only the values -1, 0 and 1"):
+        pack_ternary(np.array([0, 2]), bits)
+    with pytest.raises(ValueError, match="expected 2 or 1.6. Received: bits=3"):
+        pack_ternary(np.zeros(4), 3)

@@ -1,0 +1,522 @@
+"""Packed layers and models: the same outputs, a smaller file, and clear errors, on every backend."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras.src import testing
+
+from keras_mml import pack
+from keras_mml.kernels import ternary_linear
+from keras_mml.layers import DenseMML, RMSNorm
+from keras_mml.operators import linear_on_device, packed_linear
+from keras_mml.packing import pack_ternary, unpack_ternary
+from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKEND = keras.backend.backend()
+rng = np.random.default_rng(0)
+
+
+def array(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def assert_same_within_rounding(packed, latent, step=0.0):
+    "Equal up to float32 rounding but for the few inputs that lie on the edge between two integers."
+    packed, latent = array(packed), array(latent)
+    close = np.abs(packed - latent) <= 1e-5 + 1e-5 * np.abs(latent)
+    assert close.mean() > 0.98 and np.abs(packed - latent).max() <= step + 1e-4 * np.abs(latent).max()
+
+
+class ConformanceTest(testing.TestCase):
+    def test_packed_dense(self):
+        for arguments, weights in [(dict(units=5), 3), (dict(units=5, use_bias=False, norm=None), 2), (dict(units=5, norm_gain=True), 4)]:
+            for input_shape in [(4, 7), (2, 3, 7)]:
+                self.run_layer_test(
+                    DenseMML,
+                    init_kwargs={**arguments, "packed": True},
+                    input_shape=input_shape,
+                    expected_output_shape=(*input_shape[:-1], 5),
+                    expected_num_trainable_weights=0,
+                    expected_num_non_trainable_weights=weights,
+                    expected_num_losses=0,
+                    supports_masking=True,
+                    run_training_check=False,
+                    run_mixed_precision_check=True,
+                )
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("norm", ["rms", "rms with gain", None])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_packed_layer_gives_the_outputs_of_the_training_graph(scale, norm, bits):
+    arguments = dict(norm=norm and "rms", norm_gain=norm == "rms with gain", scale=scale, activation_bits=bits)
+    layer = DenseMML(70, activation="gelu", bias_initializer="random_normal", **arguments)
+    x = rng.normal(size=(9, 5, 100)).astype("float32")
+    layer(x)
+    if layer.norm_gain:
+        layer.gain.assign(rng.uniform(0.5, 2, 100))
+    before = [array(w) for w in layer.weights]
+    packed = layer.pack()
+    _, gamma = layer.kernel_quantizer.quantize(layer.kernel)
+    largest = np.abs(array(layer.gain)).max() * 10 if layer.norm_gain else 10
+    assert_same_within_rounding(packed(x), layer(x), step=largest / (2 ** (bits - 1) - 1) * float(np.max(array(gamma))))
+    assert packed.packed and not layer.packed and all(np.array_equal(a, array(b)) for a, b in zip(before, layer.weights))
+
+
+def test_the_integers_are_those_of_numpy_on_every_path():
+    layer = DenseMML(33, scale="channel")
+    x = rng.normal(size=(6, 50)).astype("float32")
+    layer(x)
+    packed = layer.pack()
+    trits, gamma = (array(t) for t in layer.kernel_quantizer.quantize(layer.kernel))
+    np.testing.assert_array_equal(unpack_ternary(ops.convert_to_numpy(packed.packed_kernel), (50, 33)), trits)
+    expected = ternary_linear(x, pack_ternary(trits), 33, gamma.ravel(), array(layer.bias))
+    np.testing.assert_array_equal(array(packed(x)), expected)
+    whole = rng.integers(-127, 128, (6, 50)).astype("float32")
+    whole[:, 0] = 127
+    arguments = (ops.convert_to_tensor(whole), packed.packed_kernel.value, ops.ones(33), None, None, 33, False, 8)
+    for path in (packed_linear, linear_on_device):
+        np.testing.assert_array_equal(array(path(*arguments)), whole @ trits)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [DenseMML(16, activation="relu"), RMSNorm()]
+        self.heads = {"a": keras.Sequential([DenseMML(8), keras.layers.Dropout(0.5)]), "b": DenseMML(3)}
+
+    def call(self, x, training=None):
+        for block in self.blocks:
+            x = block(x)
+        return self.heads["b"](self.heads["a"](x, training=training))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SavedSubclassed(Subclassed):
+    def __init__(self, **kwargs):
+        super().__init__()
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Residual(keras.layers.Layer):
+    "A layer of layers, which makes them when it is built."
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.inner = None
+
+    def build(self, input_shape):
+        self.inner = DenseMML(self.units, activation="relu")
+        self.inner.build(input_shape)
+
+    def call(self, x):
+        return x + self.inner(x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def sequential():
+    return keras.Sequential([keras.Input((4, 6)), DenseMML(16, activation="relu"), keras.layers.Flatten(), DenseMML(3)])
+
+
+def functional():
+    inputs = keras.Input((4, 6))
+    shared = DenseMML(6, activation="relu")
+    inner = keras.Sequential([keras.Input((4, 6)), DenseMML(6, norm_gain=True), keras.layers.Dense(6)])
+    x = shared(inner(shared(inputs)))
+    x = Residual(6)(x)
+    x = keras.layers.TimeDistributed(DenseMML(5, use_bias=False))(x)
+    x = keras.layers.Bidirectional(keras.layers.GRU(3))(x)
+    return keras.Model(inputs, DenseMML(3)(x))
+
+
+MODELS = [sequential, functional, Subclassed, SavedSubclassed]
+INPUTS = rng.normal(size=(7, 4, 6)).astype("float32")
+
+
+def trits_of(model):
+    "Every ternary layer of a model, and whether it is packed."
+    return [layer.packed for layer in model._flatten_layers() if isinstance(layer, DenseMML)]
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_models_of_every_kind_are_packed_and_left_alone(build):
+    keras.utils.set_random_seed(0)
+    model = build()
+    model(INPUTS)
+    for layer in model._flatten_layers():  # without a bias, a second layer would often see halves, which round either way
+        if isinstance(layer, DenseMML) and layer.bias is not None:
+            layer.bias.assign(rng.normal(size=layer.units))
+    before = array(model(INPUTS))
+    weights = model.get_weights()
+    packed = pack(model)
+    assert all(trits_of(packed)) and not any(trits_of(model)) and len(trits_of(packed)) == len(trits_of(model))
+    assert_same_within_rounding(packed(INPUTS), before, step=0.05)
+    np.testing.assert_array_equal(array(model(INPUTS)), before)
+    assert all(np.array_equal(a, b) for a, b in zip(weights, model.get_weights()))
+    assert type(packed) is type(model)
+
+
+def test_shared_layers_stay_shared():
+    packed = pack(functional())
+    assert len(packed.layers) == len(functional().layers)
+    assert len({id(w) for w in packed.weights}) == len(packed.weights) == len(pack(functional()).weights)
+
+
+def test_a_model_packed_in_place_becomes_the_packed_one():
+    model = Subclassed()
+    model(INPUTS)
+    expected = array(pack(model)(INPUTS))
+    assert pack(model, in_place=True) is model and all(trits_of(model))
+    np.testing.assert_array_equal(array(model(INPUTS)), expected)
+    assert not model.trainable_variables or all("kernel" not in v.name or v.dtype == "float32" for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("build", [sequential, functional, SavedSubclassed])
+def test_a_saved_model_predicts_the_same(build, tmp_path):
+    model = build()
+    model(INPUTS)
+    packed = pack(model)
+    expected = array(packed(INPUTS))
+    packed.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert all(trits_of(loaded))
+    np.testing.assert_array_equal(array(loaded(INPUTS)), expected)
+    packed.save_weights(tmp_path / "m.weights.h5")
+    for other in (pack(model), build()):  # into a packed model, and into one that becomes packed
+        other(INPUTS)
+        other.load_weights(tmp_path / "m.weights.h5")
+        assert all(trits_of(other))
+        np.testing.assert_array_equal(array(other(INPUTS)), expected)
+
+
+def test_a_clone_of_a_packed_model_is_packed():
+    packed = pack(functional_without_own_layers())
+    clone = keras.models.clone_model(packed)
+    assert all(trits_of(clone))
+    clone.set_weights(packed.get_weights())
+    np.testing.assert_array_equal(array(clone(INPUTS)), array(packed(INPUTS)))
+
+
+def test_the_configuration_survives_a_round_trip():
+    layer = sequential().layers[0].pack()
+    config = json.loads(json.dumps(layer.get_config()))
+    assert config["packed"] and DenseMML.from_config(config).get_config() == layer.get_config()
+
+
+def test_the_file_holds_less_than_two_bits_a_weight(tmp_path):
+    model = keras.Sequential([keras.Input((784,)), DenseMML(256), DenseMML(256), DenseMML(256), DenseMML(10)])
+    model.save_weights(tmp_path / "float.weights.h5")
+    pack(model).save(tmp_path / "packed.keras")
+    ternary_part = 4 * sum(layer.kernel.shape[0] * layer.kernel.shape[1] for layer in model.layers)
+    assert os.path.getsize(tmp_path / "packed.keras") < ternary_part / 14 < os.path.getsize(tmp_path / "float.weights.h5") / 14
+
+
+def damaged(path, change):
+    "Apply `change` to the first packed layer in a weights file."
+    with h5py.File(path, "r+") as file:
+        groups = []
+        file.visititems(lambda name, item: groups.append(item) if isinstance(item, h5py.Group) and "packed_kernel" in item else None)
+        change(groups[0])
+
+
+def flip_a_bit(group):
+    group["packed_kernel"][3] ^= 1
+
+
+def drop_the_scale(group):
+    del group["kernel_scale"]
+
+
+def change_the_bias(group):
+    group["bias"][0] = 7.0
+
+
+def shorten(group):
+    bytes_ = group["packed_kernel"][:-1]
+    del group["packed_kernel"]
+    group["packed_kernel"] = bytes_
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, drop_the_scale, change_the_bias, shorten])
+def test_damaged_weights_are_refused_and_nothing_changes(change, tmp_path):
+    layer = DenseMML(5, bias_initializer="ones")
+    model = keras.Sequential([keras.Input((6,)), layer])
+    pack(model).save_weights(tmp_path / "m.weights.h5")
+    damaged(tmp_path / "m.weights.h5", change)
+    for target in (model, pack(model)):
+        before = target.get_weights()
+        with pytest.raises(ValueError, match=f"packed weights of layer '{target.layers[0].name}' could not be loaded"):
+            target.load_weights(tmp_path / "m.weights.h5")
+        assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights()))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    def model(dim, units, **arguments):
+        return keras.Sequential([keras.Input((dim,)), DenseMML(units, **arguments)])
+
+    pack(model(6, 5)).save_weights(tmp_path / "packed.weights.h5")
+    model(6, 5).save_weights(tmp_path / "latent.weights.h5")
+    with pytest.raises(ValueError, match="kernel is not of shape"):
+        model(5, 6).load_weights(tmp_path / "packed.weights.h5")
+    with pytest.raises(ValueError, match="`bias` is not the one of the file"):
+        model(6, 5, use_bias=False).load_weights(tmp_path / "packed.weights.h5")
+    with pytest.raises(ValueError, match="is packed, and the file has no packed weights"):
+        pack(model(6, 5)).load_weights(tmp_path / "latent.weights.h5")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.9])
+def test_a_truncated_file_is_not_loaded(keep, tmp_path):
+    model = pack(sequential())
+    model.save(tmp_path / "m.keras"), model.save_weights(tmp_path / "m.weights.h5")
+    for name in ("m.keras", "m.weights.h5"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(keep * len(content))])
+    before = model.get_weights()
+    with pytest.raises((ValueError, OSError, zipfile.BadZipFile)):
+        keras.saving.load_model(tmp_path / "m.keras")
+    with pytest.raises((ValueError, OSError)):
+        model.load_weights(tmp_path / "m.weights.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights()))
+
+
+def test_a_model_loads_in_a_fresh_process_on_every_backend(tmp_path):
+    packed = pack(functional_without_own_layers())
+    packed.save(tmp_path / "m.keras")
+    np.save(tmp_path / "x.npy", INPUTS)
+    expected = array(packed(INPUTS))
+    code = (
+        "import sys, numpy as np, keras, keras_mml\n"
+        "model = keras.saving.load_model(sys.argv[1] + '/m.keras')\n"
+        "np.save(sys.argv[1] + '/y.npy', model.predict(np.load(sys.argv[1] + '/x.npy'), verbose=0))"
+    )
+    for backend in ("torch", "jax", "tensorflow"):
+        if subprocess.run([sys.executable, "-c", f"import {backend}"], capture_output=True).returncode:
+            continue
+        environment = {**os.environ, "KERAS_BACKEND": backend}
+        result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert_same_within_rounding(np.load(tmp_path / "y.npy"), expected, step=0.05)
+
+
+def functional_without_own_layers():
+    inputs = keras.Input((4, 6))
+    shared = DenseMML(6, activation="relu")
+    x = keras.layers.TimeDistributed(DenseMML(5))(shared(shared(inputs)))
+    return keras.Model(inputs, DenseMML(3, scale="channel")(keras.layers.Flatten()(x)))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Fractions(StraightThroughQuantizer):
+    def quantize(self, x):
+        return ops.clip(x, -1, 1), ops.ones(())
+
+    def get_config(self):
+        return {}
+
+
+class OtherRounding(AbsmaxInt):
+    pass
+
+
+class Unknown(keras.Model):
+    "Keras cannot make it again: it has an argument and no `get_config`."
+
+    def __init__(self, units):
+        super().__init__()
+        self.dense = DenseMML(units)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_what_cannot_be_packed_says_why():
+    x = np.ones((2, 6), "float32")
+
+    def model(layer, build=True):
+        return keras.Sequential([keras.Input((6,)), layer] if build else [layer])
+
+    unknown = Unknown(3)
+    unknown(x)
+    for wrong, message in [
+        (model(keras.layers.Dense(3)), "has no layer that can be packed"),
+        (model(DenseMML(3), build=False), "Call '.*' on a batch first. Layers without weights: .'dense_mml"),
+        (pack(model(DenseMML(3))), "is packed already"),
+        (model(DenseMML(3, scale=Fractions())), "Layer 'dense_mml.*' cannot be packed. Only the values -1, 0 and 1"),
+        (model(DenseMML(3, activation_bits=OtherRounding())), "Layer 'dense_mml.*' cannot be packed: .*`AbsmaxInt`"),
+        (unknown, "Implement its `get_config`, or pack the model itself with `pack\\(model, in_place=True\\)`"),
+        ("model.keras", "takes a Keras model or layer. Received: 'model.keras' of type str"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pack(wrong)
+    assert pack(unknown, in_place=True).dense.packed
+    with pytest.raises(ValueError, match="no weights to pack yet"):
+        DenseMML(3).pack()
+    with pytest.raises(ValueError, match="is packed already"):
+        pack(DenseMML(3, packed=True))
+
+
+def test_a_model_with_one_unpackable_layer_is_left_alone_in_place():
+    model = keras.Sequential([keras.Input((6,)), DenseMML(3), DenseMML(3, scale=Fractions())])
+    with pytest.raises(ValueError, match="cannot be packed"):
+        pack(model)
+    assert not any(trits_of(model))
+    with pytest.raises(ValueError, match="cannot be packed"):
+        pack(model, in_place=True)
+    assert not any(trits_of(model))
+
+
+def test_packed_models_evaluate_and_refuse_to_train():
+    model = sequential()
+    model.compile(optimizer="adam", loss="mse", metrics=["mae"])
+    y = np.zeros((7, 3), "float32")
+    model.fit(INPUTS, y, verbose=0)
+    packed = pack(model)
+    before, after = model.evaluate(INPUTS, y, verbose=0), packed.evaluate(INPUTS, y, verbose=0)
+    np.testing.assert_allclose(before, after, rtol=1e-2)
+    np.testing.assert_allclose(packed.predict(INPUTS, verbose=0), array(packed(INPUTS)), rtol=1e-6, atol=1e-6)
+    packed.compile(optimizer="adam", loss="mse")
+    with pytest.raises(ValueError, match="is packed and cannot be trained"):
+        packed.fit(INPUTS, y, verbose=0)
+    model.fit(INPUTS, y, verbose=0)  # the original goes on
+
+
+def test_predict_compiled_and_not():
+    packed = pack(functional())
+    expected = array(packed(INPUTS))
+    for run_eagerly in (True, False):
+        packed.compile(run_eagerly=run_eagerly)
+        np.testing.assert_allclose(packed.predict(INPUTS, verbose=0), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64"])
+def test_every_dtype_policy(dtype):
+    layer = DenseMML(16, dtype=dtype, bias_initializer="random_normal")
+    x = rng.normal(size=(4, 64)).astype("float32")
+    y = layer(x)
+    packed = layer.pack()
+    z = packed(x)
+    assert keras.backend.standardize_dtype(z.dtype) == keras.backend.standardize_dtype(y.dtype)
+    np.testing.assert_allclose(array(z), array(y), rtol=0.05, atol=0.05)
+
+
+def test_empty_batches_masks_and_other_input_dtypes():
+    layer = DenseMML(3)
+    pixels = rng.integers(0, 256, (5, 9))
+    layer(pixels.astype("float32"))
+    packed = layer.pack()
+    assert tuple(packed(np.ones((0, 9), "float32")).shape) == (0, 3)
+    assert tuple(packed(np.ones((2, 0, 9), "float32")).shape) == (2, 0, 3)
+    outputs = [array(packed(pixels.astype(dtype))) for dtype in ("float32", "float64", "int32", "uint8")]
+    assert all(np.array_equal(y, outputs[0]) for y in outputs)
+    model = keras.Sequential([keras.layers.Embedding(10, 6, mask_zero=True), DenseMML(4)])
+    tokens = np.array([[1, 2, 0]])
+    model(tokens)
+    np.testing.assert_array_equal(ops.convert_to_numpy(pack(model)(tokens)._keras_mask), [[True, True, False]])
+
+
+def test_saving_a_packed_model_holds_no_latent_weights():
+    packed = pack(sequential())
+    assert all(w.dtype == "uint8" for w in packed.weights if w.name == "packed_kernel")
+    assert not any(w.name == "kernel" for w in packed.weights) and not packed.trainable_weights
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the operator of torch")
+class TestTorch:
+    def packed(self):
+        layer = DenseMML(33)
+        layer(INPUTS)
+        return layer.pack()
+
+    def test_compiled_as_a_whole(self):
+        import torch
+
+        packed, x = self.packed(), torch.tensor(INPUTS)
+        compiled = torch.compile(lambda x: packed_linear(x, packed.packed_kernel.value, packed.kernel_scale.value, None, None, 33) + 1,
+                                 fullgraph=True, backend="aot_eager")  # fmt: skip
+        expected = packed_linear(x, packed.packed_kernel, packed.kernel_scale, None, None, 33) + 1
+        np.testing.assert_array_equal(compiled(x).numpy(), expected.numpy())
+
+    def test_inference_mode_strides_and_dtypes(self):
+        import torch
+
+        packed, x = self.packed(), torch.tensor(INPUTS)
+        expected = array(packed(x))
+        with torch.inference_mode():
+            np.testing.assert_array_equal(packed(x).numpy(), expected)
+        strided = torch.empty(6, 8, 7)[:, ::2].permute(2, 1, 0).copy_(x)
+        assert not strided.is_contiguous()
+        np.testing.assert_array_equal(packed(strided).numpy(), expected)
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            rounded = x.to(dtype)
+            y = packed_linear(rounded, packed.packed_kernel, packed.kernel_scale, packed.bias, None, 33)
+            assert y.dtype == torch.float32
+            np.testing.assert_array_equal(y.numpy(), array(packed(rounded.float())))
+
+    def test_the_operator_is_registered_correctly(self):
+        import torch
+
+        packed = self.packed()
+        arguments = (torch.tensor(INPUTS), packed.packed_kernel.value, packed.kernel_scale.value, None, None, 33, True, 8)
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.keras_mml.packed_linear.default, arguments, test_utils=checks)
+
+    def test_a_gradient_is_refused(self):
+        import torch
+
+        x = torch.tensor(INPUTS, requires_grad=True)
+        y = self.packed()(x)
+        with pytest.raises(RuntimeError, match="packed layer has no gradient"):
+            y.sum().backward()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's foreign function interface")
+class TestJax:
+    def test_the_handler_works_here(self):
+        from keras_mml import operators
+
+        assert operators._xla_target()
+
+    @pytest.mark.parametrize("handler", [True, False])
+    def test_inside_jit_and_vmap(self, handler, monkeypatch):
+        import jax
+        from keras_mml import operators
+
+        monkeypatch.setattr(operators, "_xla_target", lambda: handler)
+        layer = DenseMML(33, norm_gain=True)
+        layer(INPUTS)
+        packed = layer.pack()
+        expected = array(packed(INPUTS))
+        call = lambda x: packed(x)
+        np.testing.assert_array_equal(np.asarray(jax.jit(call)(INPUTS)), expected)
+        np.testing.assert_array_equal(np.asarray(jax.jit(jax.vmap(call))(INPUTS)), expected)
+        np.testing.assert_array_equal(np.asarray(jax.lax.scan(lambda c, x: (c, packed(x)), 0, INPUTS)[1]), expected)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="graphs of tensorflow")
+def test_in_a_tensorflow_graph():
+    import tensorflow as tf
+
+    layer = DenseMML(33, norm_gain=True)
+    layer(INPUTS)
+    packed = layer.pack()
+    expected = array(packed(INPUTS))
+    for signature in (None, [tf.TensorSpec((None, 4, 6))]):
+        y = tf.function(lambda x: packed(x), input_signature=signature)(tf.constant(INPUTS))
+        assert y.shape == (7, 4, 33)
+        np.testing.assert_array_equal(y.numpy(), expected)
