@@ -13,7 +13,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
 
-.PHONY: help setup site docs notebooks test test-backends sync benchmark preview lab hooks clean
+.PHONY: help setup site docs notebooks test test-backends sync benchmark benchmark-inference preview lab hooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -56,6 +56,12 @@ sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean
 	@$(BIN)/nbdev_export $(or_stop)
 	@$(BIN)/nbdev_clean $(or_stop)
 	@$(BIN)/python tools/build_site.py --readme $(or_stop)
+
+benchmark-inference: .venv/.ready-benchmark ## measure packed layers against other libraries anew (15 minutes)
+	@$(BIN)/python nbs/benchmarks/inference.py $(or_stop)
+.venv/.ready-benchmark: .venv/.ready-backends
+	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot jax tensorflow benchmark
+	@touch $@
 
 benchmark: .venv/.ready-backends ## measure accuracy and step times anew (hours; an interrupted run goes on)
 	@$(BIN)/python nbs/benchmarks/accuracy.py $(or_stop)

@@ -7,6 +7,7 @@ __all__ = ['pack']
 
 # %% ../nbs/conversion.ipynb #92ac93f2
 import inspect
+import warnings
 
 import keras
 
@@ -35,7 +36,11 @@ def _copy(model):
 def _fresh(layer):
     "The same model or layer, with new weights."
     if isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations")):  # functional
-        return keras.models.clone_model(layer, clone_function=_fresh)
+        compiled, layer.compiled = layer.compiled, False  # a clone would be compiled, too, which `pack` does if it can be done
+        try:
+            return keras.models.clone_model(layer, clone_function=_fresh)
+        finally:
+            layer.compiled = compiled
     config = layer.get_config()
     parameters = inspect.signature(type(layer).__init__).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):  # Keras adds `name`, `trainable` and `dtype` in any case
@@ -54,10 +59,14 @@ def _build_like(new, old):
 
 # %% ../nbs/conversion.ipynb #d4dcbe1f
 def pack(
-    model,           # a built Keras model of any kind, or a layer, with at least one layer of this library inside
+    model,           # a built Keras model of any kind, or a layer, with at least one `PackableLayer` such as `DenseMML` inside
     in_place=False,  # whether to pack the model itself and save the memory of a copy; it cannot be trained any more then
 ):                   # a packed copy, or the model
-    "Return a copy of the model with packed weights, for inference. Raises `ValueError` where there is nothing to pack."
+    """Return a copy of the model with packed weights, for inference.
+
+    Raises `ValueError` where there is nothing to pack, for layers that are not built, cannot be packed (see `PackableLayer.pack`), or are
+    all packed already, and for a model that cannot be copied.
+    """
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"`pack` takes a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
     packable = _packable_layers(model)
@@ -69,13 +78,24 @@ def pack(
     if unbuilt:
         raise ValueError(f"Only built layers can be packed. Call '{model.name}' on a batch first. Layers without weights: {unbuilt}")
     states = [layer.ternary_state() for layer in packable]  # all of them, before anything changes
+    compiled = _compile_arguments(model)
     target = model if in_place else _copy(model)
     for layer, state in zip(_packable_layers(target), states):
         layer.set_ternary_state(state)
-    if isinstance(model, keras.Model) and model.compiled:
-        config = keras.saving.deserialize_keras_object(model.get_compile_config())
-        target.compile(**{**config, "optimizer": None})
+    if compiled:
+        target.compile(**compiled)
+    if isinstance(target, keras.Model):  # compiled functions that know the latent weights
+        target.predict_function = target.test_function = target.train_function = None
     return target
+
+def _compile_arguments(model):
+    "How the model was compiled; nothing, with a warning, where Keras cannot say it."
+    if not isinstance(model, keras.Model) or not model.compiled:
+        return None
+    try:
+        return keras.saving.deserialize_keras_object(model.get_compile_config())
+    except Exception as error:  # such as a loss that is not registered
+        warnings.warn(f"The packed '{model.name}' is not compiled. Call its `compile` before `evaluate`. {error}")
 
 def _packable_layers(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]

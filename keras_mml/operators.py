@@ -8,6 +8,7 @@ __all__ = ['unpack_on_device', 'linear_on_device', 'packed_linear']
 # %% ../nbs/operators.ipynb #77cab0a1
 import functools
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -34,8 +35,8 @@ def unpack_on_device(
     return ops.cast(codes[:dim, :units] - 1, "float32")
 
 def linear_on_device(x, packed, scale, bias, gain, units, normalize, bits):
-    "`packed_linear` with `keras.ops`."
-    x = rms_normalize(x, gain) if normalize else x
+    "`packed_linear` with `keras.ops`. The arguments are tensors, the outputs float32 of shape `(..., units)`."
+    x = ops.stop_gradient(rms_normalize(x, gain) if normalize else x)
     q, row_scale = absmax_int(x, bits)
     outputs = ops.matmul(q, unpack_on_device(packed, x.shape[-1], units)) * (row_scale * scale)
     return outputs if bias is None else outputs + bias
@@ -45,24 +46,22 @@ def _register_torch():
     import torch
 
     def run(x, packed, scale, bias, gain, units, normalize, bits):
-        x, scale, bias, gain = (contiguous_float32(v) for v in (x, scale, bias, gain))
+        if x.dtype is not torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
         *leading, dim = x.shape
         rows = math.prod(leading)
         kernel, parts = kernels.kernel_for(rows, dim, units)
         if kernel is None:
+            x, scale, bias, gain = (None if v is None else v.detach() for v in (x, scale, bias, gain))
             scale, bias, gain = (None if v is None else v.numpy() for v in (scale, bias, gain))
             return torch.from_numpy(kernels.ternary_linear(x.numpy(), packed.numpy(), units, scale, bias, gain, normalize, bits))
         outputs = torch.empty((*leading, units), dtype=torch.float32)
-        kernel(
+        done = kernel(
             x.data_ptr(), rows, dim, packed.data_ptr(), units, scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if gain is None else gain.data_ptr(), normalize, 2 ** (bits - 1) - 1, outputs.data_ptr(), 0, parts,
         )  # fmt: skip
+        kernels.check_done(done, parts)
         return outputs
-
-    def contiguous_float32(tensor):
-        if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
-            return tensor
-        return tensor.to(torch.float32).contiguous()
 
     def shape_only(x, packed, scale, bias, gain, units, normalize, bits):
         return x.new_empty((*x.shape[:-1], units), dtype=torch.float32)
@@ -85,35 +84,48 @@ if keras.backend.backend() == "torch":
     class _NoGradient(torch.autograd.Function):
         @staticmethod
         def forward(context, *arguments):
-            return torch.ops.keras_mml.packed_linear.default(*arguments)
+            return _torch_on_device(*arguments)
 
         @staticmethod
         def backward(context, gradient):
             raise RuntimeError("A packed layer has no gradient. Train the model that it was packed from.")
 
 def _torch_linear(x, packed, scale, bias, gain, units, normalize, bits):
-    if x.device.type not in ("cpu", "meta"):
-        return linear_on_device(x, packed, scale, bias, gain, units, normalize, bits)
+    scale, bias, gain = (v if v is None or v.dtype is torch.float32 else v.float() for v in (scale, bias, gain))
     watched = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    run = _NoGradient.apply if watched else torch.ops.keras_mml.packed_linear.default
+    run = _NoGradient.apply if watched else _torch_on_device
     return run(x, packed, scale, bias, gain, units, normalize, bits)
+
+def _torch_on_device(x, *arguments):
+    run = torch.ops.keras_mml.packed_linear.default if x.device.type in ("cpu", "meta") else linear_on_device
+    return run(x, *arguments)
 
 # %% ../nbs/operators.ipynb #2891953f
 def _jax_linear(x, packed, scale, bias, gain, units, normalize, bits):
-    import jax
-    x, scale, none = to_float32(x), to_float32(scale), np.zeros(0, np.float32)
-    vectors = [none if v is None else to_float32(v) for v in (bias, gain)]
-    tensors = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), packed, scale, *vectors)
-    on_cpu = functools.partial(_jax_cpu, units=units, normalize=normalize, bits=bits)
-    elsewhere = functools.partial(_jax_elsewhere, units=units, normalize=normalize, bits=bits)
-    outputs = jax.lax.platform_dependent(*tensors, cpu=on_cpu, default=elsewhere)
-    return outputs.reshape(*x.shape[:-1], units)
+    rows = math.prod(x.shape[:-1])
+    kernel, parts = kernels.kernel_for(rows if isinstance(rows, int) else 1, x.shape[-1], units)  # rows may be symbolic
+    parts = parts if kernel is not None and _xla_target() else 0  # without a part, through NumPy
+    return _jax_compiled()(x, packed, scale, bias, gain, units=units, normalize=normalize, bits=bits, parts=parts)
 
-def _jax_cpu(x, packed, scale, bias, gain, *, units, normalize, bits):
+@functools.cache
+def _jax_compiled():
+    "One compiled function for eager calls, too, which would otherwise dispatch each step of it."
+    import jax
+
+    def linear(x, packed, scale, bias, gain, units, normalize, bits, parts):
+        on_cpu = functools.partial(_jax_cpu, units=units, normalize=normalize, bits=bits, parts=parts)
+        elsewhere = functools.partial(linear_on_device, units=units, normalize=normalize, bits=bits)
+        rows = to_float32(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        outputs = jax.lax.platform_dependent(rows, packed, to_float32(scale), bias, gain, cpu=on_cpu, default=elsewhere)
+        return outputs.reshape(*x.shape[:-1], units)
+
+    return jax.jit(linear, static_argnames=("units", "normalize", "bits", "parts"))
+
+def _jax_cpu(x, packed, scale, bias, gain, *, units, normalize, bits, parts):
     import jax
     result = jax.ShapeDtypeStruct((x.shape[0], units), np.float32)
-    kernel, parts = kernels.kernel_for(*x.shape, units)
-    if kernel is not None and _xla_target():
+    bias, gain = (np.zeros(0, np.float32) if v is None else to_float32(v) for v in (bias, gain))
+    if parts:
         settings = np.array([normalize, 2 ** (bits - 1) - 1, parts], np.int32)
         call = jax.ffi.ffi_call("keras_mml_linear", result, vmap_method="sequential")
         return call(x, packed, scale, bias, gain, settings)
@@ -122,10 +134,6 @@ def _jax_cpu(x, packed, scale, bias, gain, *, units, normalize, bits):
         return _linear_of_arrays(*map(np.asarray, arrays), units=units, normalize=normalize, bits=bits)
 
     return jax.pure_callback(run, result, x, packed, scale, bias, gain, vmap_method="sequential")
-
-def _jax_elsewhere(x, packed, scale, bias, gain, *, units, normalize, bits):
-    bias, gain = (v if v.size else None for v in (bias, gain))
-    return linear_on_device(x, packed, scale, bias, gain, units, normalize, bits)
 
 def _linear_of_arrays(x, packed, scale, bias, gain, units, normalize, bits):
     "`kernels.ternary_linear`, with empty arrays where there is no bias or no gain."
@@ -145,10 +153,11 @@ def _xla_target():
         packed = pack_ternary(np.arange(20 * 5).reshape(20, 5) % 3 - 1)
         scale, bias, gain = np.ones(5, np.float32), np.arange(5, dtype=np.float32), np.linspace(1, 2, 20, dtype=np.float32)
         call = jax.ffi.ffi_call("keras_mml_linear", jax.ShapeDtypeStruct((3, 5), np.float32))
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.default_device(jax.local_devices(backend="cpu")[0]):
             outputs = np.asarray(jax.jit(call)(x, packed, scale, bias, gain, np.array([1, 127, 1], np.int32)))
         return np.array_equal(outputs, kernels.ternary_linear(x, packed, 5, scale, bias, gain))
-    except Exception:  # whatever XLA has against it, there is another way
+    except Exception as error:  # whatever XLA has against it, there is another way
+        warnings.warn(f"Packed layers call back into Python from jax, which takes longer, because XLA refused their kernel: {error}")
         return False
 
 # %% ../nbs/operators.ipynb #94495f07
@@ -176,14 +185,18 @@ def packed_linear(
     normalize=True,  # whether to divide each row by its root mean square first
     bits=8,          # width of the quantised activations, 2 to 8
 ):                   # a float32 tensor of shape `(..., units)`
-    "`kernels.ternary_linear` for tensors of the current backend, on any device, eagerly or in a compiled graph."
+    "`ternary_linear` for tensors of the current backend, on any device, eagerly or in a graph. Raises `ValueError` as that does."
     x = ops.convert_to_tensor(x, sparse=False)
     packed, scale, bias, gain = (_tensor(v) for v in (packed, scale, bias, gain))
+    kernels.check_arguments(x, packed, scale, bias, gain, units, bits)
     return _ON_BACKEND[keras.backend.backend()](x, packed, scale, bias, gain, units, normalize, bits)
 
 # %% ../nbs/operators.ipynb #06d10ef7
 def _tensor(value):
-    "The tensor of a variable, which is quicker to ask for than to convert."
-    return value.value if isinstance(value, keras.Variable) else value if value is None else ops.convert_to_tensor(value)
+    "The contiguous tensor of a variable or an array."
+    if value is None or isinstance(value, keras.Variable):
+        return value if value is None else value.value
+    value = ops.convert_to_tensor(value)
+    return value.contiguous() if hasattr(value, "contiguous") else value
 
 _ON_BACKEND = {"torch": _torch_linear, "jax": _jax_linear, "tensorflow": _tensorflow_linear}

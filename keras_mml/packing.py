@@ -18,7 +18,7 @@ def as_trits(
     trits = np.asarray(trits)
     strange = ~((trits == -1) | (trits == 0) | (trits == 1))
     if strange.any():
-        raise ValueError(f"Only the values -1, 0 and 1 can be packed. Received {strange.sum()} others, such as {trits[strange][0]!r}.")
+        raise ValueError(f"Only the values -1, 0 and 1 can be packed. Received {strange.sum()} others, such as {trits[strange][0].item()}.")
     return trits.astype(np.int8)
 
 # %% ../nbs/packing.ipynb #2ab24bb5
@@ -26,7 +26,7 @@ POWERS = 3 ** np.arange(5)
 FIVE_TRITS = (np.arange(243)[:, None] // POWERS % 3 - 1).astype(np.int8)  # row b holds the trits of byte b
 
 def _pack_base3(trits):
-    digits = np.ones(-(-trits.size // 5) * 5, np.uint8)  # the end is filled up with zeros
+    digits = np.ones(-(-trits.size // 5) * 5, np.uint8)  # the trit 0, with which the end is filled up
     digits[: trits.size] = trits.ravel() + 1
     return (digits.reshape(-1, 5) @ POWERS).astype(np.uint8)
 
@@ -47,7 +47,7 @@ def packed_shape(
 
 # %% ../nbs/packing.ipynb #99165dfc
 def _as_matrix(shape):
-    "A kernel of any rank seen as `(dim, units)`: the last axis are the outputs."
+    "A kernel of any rank seen as `(dim, units)`: the last axis is the outputs."
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 def _pack_2bit(trits):
@@ -71,11 +71,12 @@ def _unpack_2bit(packed, shape):
 
 # %% ../nbs/packing.ipynb #cc2951d8
 def pack_ternary(
-    trits,   # array of -1, 0 and 1, of any shape and numeric dtype; its last axis are the outputs
+    trits,   # array of -1, 0 and 1, of any shape and numeric dtype; its last axis is the outputs
     bits=2,  # 2 for the layout of the kernels, or 1.6 for files
 ):           # uint8 array: of shape `packed_shape(dim, units)` with 2 bits, flat with 1.6
     "Pack ternary values into bytes. Raises `ValueError` for other values or another `bits`."
-    return _chosen(bits, _pack_2bit, _pack_base3)(as_trits(trits))
+    trits = as_trits(trits)
+    return _pack_2bit(trits) if _is_2bit(bits) else _pack_base3(trits)
 
 # %% ../nbs/packing.ipynb #23ab235b
 def unpack_ternary(
@@ -83,18 +84,18 @@ def unpack_ternary(
     shape,   # the shape of the original array
     bits=2,  # what was given to `pack_ternary`
 ):           # int8 array of -1, 0 and 1
-    "Undo `pack_ternary`. Raises `ValueError` for bytes that are no valid codes, and where the size does not fit the shape."
+    "Undo `pack_ternary`. Raises `ValueError` for invalid codes, a size that does not fit the shape, and another `bits`."
     packed, shape = np.asarray(packed), tuple(shape)
-    expected = _chosen(bits, math.prod(packed_shape(*_as_matrix(shape))), -(-math.prod(shape) // 5))
+    expected = math.prod(packed_shape(*_as_matrix(shape))) if _is_2bit(bits) else -(-math.prod(shape) // 5)
     if packed.dtype != np.uint8 or packed.size != expected:
         raise ValueError(
             f"An array of shape {shape} packed with {bits} bits is {expected} bytes of uint8. "
             f"Received: {packed.size} values of {packed.dtype}."
         )
-    return _chosen(bits, _unpack_2bit, _unpack_base3)(packed, shape)
+    return (_unpack_2bit if _is_2bit(bits) else _unpack_base3)(packed, shape)
 
 # %% ../nbs/packing.ipynb #477d62b5
-def _chosen(bits, two, base3):
+def _is_2bit(bits):
     if bits not in (2, 1.6):
         raise ValueError(f"Received an invalid value for `bits`, expected 2 or 1.6. Received: bits={bits!r}")
-    return two if bits == 2 else base3
+    return bits == 2

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['byte', 'half', 'word', 'address', 'single', 'AVX512_VNNI', 'AVX_VNNI', 'AVX2', 'NEON_DOT', 'GENERIC', 'OLDER', 'ISA',
            'PREFETCH', 'COMPILED', 'TILE_ROWS', 'TILE_UNITS', 'SIGNATURE', 'linear_linked', 'XLA_LIST', 'XLA_FRAME',
-           'XLA_BUFFER', 'XLA_EXTENSION', 'XLA_METADATA', 'vector_of', 'constant', 'call', 'pointer', 'load',
-           'broadcast', 'dot_vnni', 'dot_avx2', 'dot_neon', 'dot_generic', 'InstructionSet', 'cpu_features',
-           'instruction_set', 'emit_tile', 'dot_tile', 'at', 'as_float', 'can_cache', 'mean_square',
-           'largest_magnitude', 'round_row', 'quantize_row', 'linear_at', 'c_address', 'link', 'linear_threads_at',
-           'xla_buffer', 'xla_size', 'xla_handler', 'xla_handler_address']
+           'XLA_BUFFER', 'XLA_EXTENSION', 'XLA_METADATA', 'XLA_FRAME_SIZE', 'XLA_BUFFER_SIZE', 'XLA_METADATA_SIZE',
+           'vector_of', 'constant', 'call', 'pointer', 'load', 'broadcast', 'dot_vnni', 'dot_avx2', 'dot_neon',
+           'dot_generic', 'InstructionSet', 'cpu_features', 'instruction_set', 'emit_tile', 'dot_tile', 'at',
+           'as_float', 'can_cache', 'mean_square', 'largest_magnitude', 'round_row', 'quantize_row', 'linear_at',
+           'c_address', 'link', 'linear_threads_at', 'xla_buffer', 'xla_size', 'xla_handler', 'xla_handler_address']
 
 # %% ../nbs/vector_kernels.ipynb #c4e3545a
 import functools
@@ -20,6 +20,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from .packing import BLOCK_DIM, BLOCK_UNITS
@@ -114,7 +115,7 @@ def cpu_features():
     "The features that numba compiles for, as a set of LLVM's names."
     listed = config.CPU_FEATURES
     if listed is None:
-        listed = OLDER.get(config.CPU_NAME, binding.get_host_cpu_features().flatten())
+        listed = OLDER.get(config.CPU_NAME, get_host_cpu_features())
     return {feature[1:] for feature in listed.split(",") if feature.startswith("+")}
 
 def instruction_set(features):
@@ -203,6 +204,8 @@ def can_cache():
     except RuntimeError:
         return False
 
+# Compiled code on disk is renewed when this module changes. It also contains the constants imported above: after changing
+# one of those, delete keras_mml/__pycache__.
 COMPILED = dict(cache=can_cache(), nogil=True, error_model="numpy")
 
 @njit(fastmath={"reassoc", "contract"}, **COMPILED)
@@ -254,7 +257,12 @@ TILE_ROWS, TILE_UNITS = ISA.rows, ISA.lanes * ISA.vectors  # of this processor
 
 @njit(**COMPILED)
 def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts):
-    "`ternary_linear` for contiguous arrays given by address; the address 0 stands for no bias or no gain."
+    """`kernels.ternary_linear` for C-contiguous arrays given by address, of which it checks nothing. Always returns 1.
+
+    `x` is float32 of shape (rows, dim), `packed` uint8 as `packing.packed_shape(dim, units)` says, with valid codes; `scale` and `bias`
+    are float32 of size units, `gain` of size dim, `outputs` of shape (rows, units). The address 0 stands for no bias or no gain.
+    `dim` is at most `kernels.MAX_DIM`. Of `parts` parts of the work, number `part` is done.
+    """
     dim_blocks, unit_blocks = (dim + BLOCK_DIM - 1) // BLOCK_DIM, (units + BLOCK_UNITS - 1) // BLOCK_UNITS
     x = numba.carray(at(x), (rows, dim), np.float32)
     scale = numba.carray(at(scale), units, np.float32)
@@ -262,57 +270,50 @@ def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, 
     gain = numba.carray(at(gain), dim if gain else 0, np.float32)
     outputs = numba.carray(at(outputs), (rows, units), np.float32)
     first_row, first_block = 0, 0
-    if rows >= 16 * parts:
+    if parts > 1 and rows >= 16 * parts:
         first_row, rows = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
-    else:
+    elif parts > 1:
         first_block, unit_blocks = unit_blocks * part // parts, unit_blocks * (part + 1) // parts
 
     # Memory to work in is cut out of one array: each array of its own would cost as much as the rounding of a row.
     stride = dim_blocks * BLOCK_DIM
-    memory = np.empty(rows * (stride + 8) + 4 * stride + 4 * BLOCK_UNITS * (TILE_ROWS + 2), np.uint8)
+    memory = np.empty(rows * (stride + 8) + 4 * stride + 4 * BLOCK_UNITS * (TILE_ROWS + 1), np.uint8)
     q_at = memory.ctypes.data
     normalized_at = q_at + rows * stride
     sums_at = normalized_at + 4 * stride
-    factor_at = sums_at + 4 * BLOCK_UNITS * TILE_ROWS
-    shift_at = factor_at + 4 * BLOCK_UNITS
-    row_scales_at = shift_at + 4 * BLOCK_UNITS
+    zeros_at = sums_at + 4 * BLOCK_UNITS * TILE_ROWS
+    row_scales_at = zeros_at + 4 * BLOCK_UNITS
     q = numba.carray(at(q_at), (rows, stride), np.int8)
     normalized = numba.carray(at(normalized_at), dim, np.float32)
     sums = numba.carray(at(sums_at), (TILE_ROWS, BLOCK_UNITS), np.int32)
-    factor = numba.carray(at(factor_at), BLOCK_UNITS, np.float32)  # the scale of each output of a block
-    shift = numba.carray(at(shift_at), BLOCK_UNITS, np.float32)    # and its bias
+    zeros = numba.carray(at(zeros_at), BLOCK_UNITS, np.float32)
     row_scales = numba.carray(at(row_scales_at), rows, np.float32)
     row_sums = numba.carray(at(row_scales_at + 4 * rows), rows, np.int32)
 
     for r in range(rows):
         row_scales[r], row_sums[r] = quantize_row(x[first_row + r], gain, normalize, np.float32(limit), normalized, q[r])
     for n in range(BLOCK_UNITS):
-        shift[n] = 0
+        zeros[n] = 0
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    lower, higher = (rows // tiles, rows % tiles) if tiles > 1 else (rows, 0)  # tiles as even as they can be
     for block in range(first_block, unit_blocks):
-        first = block * BLOCK_UNITS
-        count = min(BLOCK_UNITS, units - first)
-        for n in range(count):
-            factor[n] = scale[first : first + count][n]
-        if bias.size:
-            for n in range(count):
-                shift[n] = bias[first : first + count][n]
+        first, last = block * BLOCK_UNITS, min((block + 1) * BLOCK_UNITS, units)
+        block_scale, block_bias = scale[first:last], bias[first:last] if bias.size else zeros[: last - first]
         done = 0
         for tile in range(tiles):
-            height = (rows - done + tiles - tile - 1) // (tiles - tile)  # as even as tiles can be
+            height = lower + (tile < higher)
             for step in range(0, BLOCK_UNITS, TILE_UNITS):
                 weights = packed + 256 * block * dim_blocks + 4 * step
                 dot_tile(height, q_at + done * stride, stride, weights, dim_blocks, sums_at + 4 * step)
             for r in range(height):
-                row, row_sum = outputs[first_row + done + r, first : first + count], row_sums[done + r]
-                row_scale = row_scales[done + r]
-                for n in range(count):
-                    row[n] = np.float32(np.int32(sums[r, n] - row_sum)) * (row_scale * factor[n]) + shift[n]
+                row, row_sum, row_scale = outputs[first_row + done + r, first:last], row_sums[done + r], row_scales[done + r]
+                for n in range(row.size):
+                    row[n] = np.float32(np.int32(sums[r, n] - row_sum)) * (row_scale * block_scale[n]) + block_bias[n]
             done += height
-    return memory[0]  # a use of the array, so that it lives until here
+    return 1 + 0 * memory[0]  # a use of the array, so that it lives until here
 
 # %% ../nbs/vector_kernels.ipynb #ab0abd95
-SIGNATURE = types.uint8(*[types.int64] * 8, types.boolean, *[types.int64] * 4)
+SIGNATURE = types.int64(*[types.int64] * 8, types.boolean, *[types.int64] * 4)
 linear_linked = types.ExternalFunction("keras_mml_linear_at", SIGNATURE)
 
 def c_address(function, signature):
@@ -328,9 +329,11 @@ def link():
 
 @njit(parallel=True, **COMPILED)
 def linear_threads_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts):
-    "All parts of `linear_at` from `part` on, shared among threads."
+    "All parts of `linear_at` from `part` on, shared among threads. `link` must have been called. Returns how many were done."
+    done = 0
     for some in prange(part, parts):
-        linear_linked(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, some, parts)
+        done += linear_linked(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, some, parts)
+    return done
 
 # %% ../nbs/vector_kernels.ipynb #385265dc
 XLA_LIST = [("struct_size", "i8"), ("extension", "i8"), ("size", "i8"), ("types", "i8"), ("items", "i8")]
@@ -343,6 +346,7 @@ XLA_BUFFER = np.dtype([
 ])  # fmt: skip
 XLA_EXTENSION = np.dtype([("struct_size", "i8"), ("type", "i4"), ("padding", "i4"), ("next", "i8"), ("metadata", "i8")])
 XLA_METADATA = np.dtype([("struct_size", "i8"), ("version_size", "i8"), ("version_extension", "i8"), ("major", "i4"), ("minor", "i4")])
+XLA_FRAME_SIZE, XLA_BUFFER_SIZE, XLA_METADATA_SIZE = XLA_FRAME.itemsize, XLA_BUFFER.itemsize, XLA_METADATA.itemsize
 
 # %% ../nbs/vector_kernels.ipynb #65c37498
 @njit(**COMPILED)
@@ -355,21 +359,25 @@ def xla_size(buffer, axis):
 
 @njit(**COMPILED)
 def xla_handler(call_frame):
-    "`linear_at` for XLA. Returns zero for success, and does nothing if the structures are not as expected."
+    "`linear_at` for XLA. Writes nothing where the structures are not as expected."
     frame = numba.carray(at(call_frame), 1, XLA_FRAME)[0]
+    if frame.struct_size < XLA_FRAME_SIZE:
+        return 0
     if frame.extension != 0:  # at registration, XLA asks for the version of the interface that the handler is made for
         extension = numba.carray(at(frame.extension), 1, XLA_EXTENSION)[0]
-        if extension.type == 1:
+        if extension.type == 1 and extension.struct_size >= 24:
             metadata = numba.carray(at(extension.metadata), 1, XLA_METADATA)[0]
-            metadata.major, metadata.minor = 0, 1
+            if metadata.struct_size >= XLA_METADATA_SIZE and metadata.version_size == 24:
+                metadata.major, metadata.minor = 0, 1
             return 0
-    if frame.args_struct_size != 40 or frame.results_struct_size != 40 or frame.args_size != 6:
+    if frame.args_struct_size != 40 or frame.results_struct_size != 40 or frame.args_size != 6 or frame.results_size != 1:
         return 0
     x, packed, scale = xla_buffer(frame.args_items, 0), xla_buffer(frame.args_items, 1), xla_buffer(frame.args_items, 2)
     bias, gain, settings = xla_buffer(frame.args_items, 3), xla_buffer(frame.args_items, 4), xla_buffer(frame.args_items, 5)
     outputs = xla_buffer(frame.results_items, 0)
-    if x.struct_size != 48 or outputs.struct_size != 48:
-        return 0
+    for buffer in (x, packed, scale, bias, gain, settings, outputs):
+        if buffer.struct_size != XLA_BUFFER_SIZE:
+            return 0
     bias_at, gain_at = (bias.data if xla_size(bias, 0) else 0), (gain.data if xla_size(gain, 0) else 0)
     normalize, limit, parts = numba.carray(at(settings.data), 3, np.int32)
     arguments = (

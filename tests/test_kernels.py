@@ -136,7 +136,7 @@ CHECK = """
 import numpy as np
 from test_kernels import problem, sums
 def check():
-    for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 50)]:
+    for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 70)]:
         q, trits = problem(rows, dim, units)
         np.testing.assert_array_equal(sums(q, trits), q @ trits)
 """
@@ -183,6 +183,12 @@ def test_other_processors(name, features, expected):
     environment = {"NUMBA_CPU_NAME": name, **({} if features is None else {"NUMBA_CPU_FEATURES": features})}
     code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"
     assert run_python(code, **environment) == expected
+
+
+@needs_numba
+def test_instructions_that_numba_was_told_not_to_use_are_not_used():
+    code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"
+    assert run_python(code, NUMBA_ENABLE_AVX="0") in ("generic", "neon_dot")
 
 
 @needs_numba
@@ -235,7 +241,7 @@ def test_numpy_takes_over_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(vector_kernels, "ISA", vector_kernels.GENERIC)
     assert kernels.kernel_for(kernels.FLOAT_ROWS, 64, 64) == (None, 1)
     assert kernels.kernel_for(1, 64, 64) == (vector_kernels.linear_at, 1)
-    q, trits = problem(20, 100, 70)
+    q, trits = problem(kernels.FLOAT_ROWS, 100, 70)
     np.testing.assert_array_equal(sums(q, trits), q @ trits)
 
 
@@ -285,6 +291,7 @@ def test_importing_the_package_does_not_import_the_compiler():
         (dict(scale=np.ones(3)), r"`scale` must have shape \(70,\). Received: shape \(3,\)"),
         (dict(bias=np.ones(100)), "`bias` must have shape"),
         (dict(gain=np.ones(70)), "`gain` must have shape"),
+        (dict(bits=1), "expected an integer from 2 to 8. Received: bits=1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

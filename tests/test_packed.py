@@ -213,6 +213,16 @@ def test_a_clone_of_a_packed_model_is_packed():
     np.testing.assert_array_equal(array(clone(INPUTS)), array(packed(INPUTS)))
 
 
+def test_packed_models_can_be_called_symbolically():
+    model = Subclassed()
+    model(INPUTS)
+    packed = pack(model)
+    inputs = keras.Input((4, 6))
+    outer = keras.Model(inputs, keras.layers.Flatten()(packed(inputs)))
+    assert outer.output_shape == (None, 12)
+    np.testing.assert_array_equal(array(outer(INPUTS)), array(packed(INPUTS)).reshape(7, 12))
+
+
 def test_the_configuration_survives_a_round_trip():
     layer = sequential().layers[0].pack()
     config = json.loads(json.dumps(layer.get_config()))
@@ -222,6 +232,7 @@ def test_the_configuration_survives_a_round_trip():
 def test_the_file_holds_less_than_two_bits_a_weight(tmp_path):
     model = keras.Sequential([keras.Input((784,)), DenseMML(256), DenseMML(256), DenseMML(256), DenseMML(10)])
     model.save_weights(tmp_path / "float.weights.h5")
+    model.compile(optimizer="adam", loss="mse", metrics=["mae"])
     pack(model).save(tmp_path / "packed.keras")
     ternary_part = 4 * sum(layer.kernel.shape[0] * layer.kernel.shape[1] for layer in model.layers)
     assert os.path.getsize(tmp_path / "packed.keras") < ternary_part / 14 < os.path.getsize(tmp_path / "float.weights.h5") / 14
@@ -231,29 +242,36 @@ def damaged(path, change):
     "Apply `change` to the first packed layer in a weights file."
     with h5py.File(path, "r+") as file:
         groups = []
-        file.visititems(lambda name, item: groups.append(item) if isinstance(item, h5py.Group) and "packed_kernel" in item else None)
+        file.visititems(lambda name, item: groups.append(item) if isinstance(item, h5py.Group) and "packed" in item else None)
         change(groups[0])
 
 
 def flip_a_bit(group):
-    group["packed_kernel"][3] ^= 1
-
-
-def drop_the_scale(group):
-    del group["kernel_scale"]
+    group["packed"][3] ^= 1
 
 
 def change_the_bias(group):
-    group["bias"][0] = 7.0
+    group["packed"][-6] ^= 1
+
+
+def replace(group, content):
+    del group["packed"]
+    group["packed"] = content
 
 
 def shorten(group):
-    bytes_ = group["packed_kernel"][:-1]
-    del group["packed_kernel"]
-    group["packed_kernel"] = bytes_
+    replace(group, group["packed"][:-1])
 
 
-@pytest.mark.parametrize("change", [flip_a_bit, drop_the_scale, change_the_bias, shorten])
+def empty(group):
+    replace(group, np.zeros(0, np.uint8))
+
+
+def other_type(group):
+    replace(group, group["packed"][:].astype("float32"))
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, change_the_bias, shorten, empty, other_type])
 def test_damaged_weights_are_refused_and_nothing_changes(change, tmp_path):
     layer = DenseMML(5, bias_initializer="ones")
     model = keras.Sequential([keras.Input((6,)), layer])
@@ -266,16 +284,52 @@ def test_damaged_weights_are_refused_and_nothing_changes(change, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(before, target.get_weights()))
 
 
+def test_a_compiled_graph_does_not_go_on_with_the_old_weights(tmp_path):
+    model = sequential()
+    model.predict(INPUTS, verbose=0)
+    other = pack(sequential())
+    other.save_weights(tmp_path / "m.weights.h5")
+    model.load_weights(tmp_path / "m.weights.h5")
+    after = model.predict(INPUTS, verbose=0)
+    assert np.isnan(after).all() or np.allclose(after, array(other(INPUTS)), rtol=1e-5, atol=1e-5)
+    model = sequential()
+    model.predict(INPUTS, verbose=0)
+    pack(model, in_place=True)
+    np.testing.assert_allclose(model.predict(INPUTS, verbose=0), array(model(INPUTS)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_compilation_cannot_be_repeated_is_packed_uncompiled():
+    model = sequential()
+    model.compile(loss=lambda y, z: ops.mean((y - z) ** 2))
+    with pytest.warns(UserWarning, match="is not compiled"):
+        packed = pack(model)
+    assert not packed.compiled
+
+
+def test_arguments_of_the_operator_are_checked():
+    packed = pack_ternary(np.zeros((64, 8)))
+    x, scale = np.ones((2, 64), "float32"), np.ones(8, "float32")
+    for wrong, message in [
+        (dict(x=np.ones((2, 100), "float32")), "need packed weights of shape"),
+        (dict(packed=packed.astype("int32")), "and dtype uint8"),
+        (dict(scale=np.ones(3, "float32")), "`scale` must have shape"),
+        (dict(bias=np.ones(3, "float32")), "`bias` must have shape"),
+        (dict(gain=np.ones(3, "float32")), "`gain` must have shape"),
+        (dict(bits=9), "expected an integer from 2 to 8. Received: bits=9"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            packed_linear(**{**dict(x=x, packed=packed, scale=scale, bias=None, gain=None, units=8), **wrong})
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     def model(dim, units, **arguments):
         return keras.Sequential([keras.Input((dim,)), DenseMML(units, **arguments)])
 
     pack(model(6, 5)).save_weights(tmp_path / "packed.weights.h5")
     model(6, 5).save_weights(tmp_path / "latent.weights.h5")
-    with pytest.raises(ValueError, match="kernel is not of shape"):
-        model(5, 6).load_weights(tmp_path / "packed.weights.h5")
-    with pytest.raises(ValueError, match="`bias` is not the one of the file"):
-        model(6, 5, use_bias=False).load_weights(tmp_path / "packed.weights.h5")
+    for other in (model(5, 6), model(6, 5, use_bias=False), model(6, 5, norm_gain=True), model(6, 5, activation_bits=4), model(6, 5, norm=None)):
+        with pytest.raises(ValueError, match="written by another layer than one with .'kernel'"):
+            other.load_weights(tmp_path / "packed.weights.h5")
     with pytest.raises(ValueError, match="is packed, and the file has no packed weights"):
         pack(model(6, 5)).load_weights(tmp_path / "latent.weights.h5")
 
@@ -330,6 +384,14 @@ class Fractions(StraightThroughQuantizer):
         return {}
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class ByInput(Fractions):
+    "A scale for each input, which cannot be taken out of a sum."
+
+    def quantize(self, x):
+        return ops.sign(x), ops.mean(ops.abs(x), axis=1, keepdims=True)
+
+
 class OtherRounding(AbsmaxInt):
     pass
 
@@ -358,6 +420,7 @@ def test_what_cannot_be_packed_says_why():
         (model(DenseMML(3), build=False), "Call '.*' on a batch first. Layers without weights: .'dense_mml"),
         (pack(model(DenseMML(3))), "is packed already"),
         (model(DenseMML(3, scale=Fractions())), "Layer 'dense_mml.*' cannot be packed. Only the values -1, 0 and 1"),
+        (model(DenseMML(6, scale=ByInput())), "needs one scale, or one for each of its 6 outputs"),
         (model(DenseMML(3, activation_bits=OtherRounding())), "Layer 'dense_mml.*' cannot be packed: .*`AbsmaxInt`"),
         (unknown, "Implement its `get_config`, or pack the model itself with `pack\\(model, in_place=True\\)`"),
         ("model.keras", "takes a Keras model or layer. Received: 'model.keras' of type str"),
@@ -381,7 +444,7 @@ def test_a_model_with_one_unpackable_layer_is_left_alone_in_place():
     assert not any(trits_of(model))
 
 
-def test_packed_models_evaluate_and_refuse_to_train():
+def test_packed_models_evaluate_and_refuse_to_train(tmp_path):
     model = sequential()
     model.compile(optimizer="adam", loss="mse", metrics=["mae"])
     y = np.zeros((7, 3), "float32")
@@ -389,6 +452,8 @@ def test_packed_models_evaluate_and_refuse_to_train():
     packed = pack(model)
     before, after = model.evaluate(INPUTS, y, verbose=0), packed.evaluate(INPUTS, y, verbose=0)
     np.testing.assert_allclose(before, after, rtol=1e-2)
+    packed.save(tmp_path / "m.keras")
+    np.testing.assert_allclose(keras.saving.load_model(tmp_path / "m.keras").evaluate(INPUTS, y, verbose=0), after, rtol=1e-5)
     np.testing.assert_allclose(packed.predict(INPUTS, verbose=0), array(packed(INPUTS)), rtol=1e-6, atol=1e-6)
     packed.compile(optimizer="adam", loss="mse")
     with pytest.raises(ValueError, match="is packed and cannot be trained"):
@@ -491,6 +556,15 @@ class TestJax:
         from keras_mml import operators
 
         assert operators._xla_target()
+
+    def test_the_first_call_may_be_inside_jit(self):
+        code = (
+            "import jax, numpy as np, keras_mml\nfrom keras_mml.layers import DenseMML\n"
+            "layer = DenseMML(3)\nlayer(np.ones((2, 4)))\npacked = layer.pack()\n"
+            "y = jax.jit(lambda x: packed(x))(np.ones((2, 4), 'float32'))\n"
+            "assert keras_mml.operators._xla_target() and np.array_equal(y, packed(np.ones((2, 4), 'float32')))"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "KERAS_BACKEND": "jax"})
 
     @pytest.mark.parametrize("handler", [True, False])
     def test_inside_jit_and_vmap(self, handler, monkeypatch):

@@ -46,7 +46,7 @@ class DenseMML(PackableLayer):
             kernel: an object, or the name `"absmean"` or `"absmean_channel"`.
         activation_bits: width of the quantised inputs, an integer from 2 to 8, or a quantizer for the inputs.
         packed: whether the layer starts packed: with 2-bit weights and integer kernels, for inference only. `pack()` and
-            files of packed models make such layers.
+            files of packed models make such layers. They are not trainable.
         **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
 
     Input shape:
@@ -56,11 +56,11 @@ class DenseMML(PackableLayer):
 
     Output shape:
         `(batch, ..., units)`, in the compute dtype of the layer. Masks pass through. In half precision the trits and
-        integers are the same, but their scaled values are rounded to the compute dtype before they are multiplied.
+        integers are the same, but their scaled values are rounded to the compute dtype before they are multiplied, unless packed.
 
     Raises:
         ValueError: for an invalid argument, an undefined last dimension, a rank below 2, or inputs of another size
-            than the layer was built for.
+            than the layer was built for, and for training a packed layer.
 
     Example:
 

@@ -18,28 +18,34 @@ from ..operators import packed_linear
 from ..packing import as_trits, pack_ternary, packed_shape, unpack_ternary
 
 # %% ../../nbs/layers/packed.ipynb #a4283cb7
-def _checksum(arrays, kernel_shape):
-    "A CRC-32 over the arrays and the shape of the kernel."
-    crc = zlib.crc32(repr(tuple(kernel_shape)).encode())
-    for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
-    return np.uint32(crc)
+VECTORS = ("kernel_scale", "bias", "gain")
 
-def _encode(state):
-    "The state as the arrays of a file."
-    scale = state["kernel_scale"]
-    arrays = {name: array for name, array in state.items() if name != "trits"}
-    arrays["kernel_scale"] = scale[:1] if (scale == scale[0]).all() else scale
-    arrays["packed_kernel"] = pack_ternary(state["trits"], bits=1.6)
-    return {**arrays, "checksum": _checksum(arrays, state["trits"].shape)}
+def _checksum(content, sizes):
+    "Four bytes over the content and the sizes that it was written for."
+    return np.array([zlib.crc32(content.tobytes(), zlib.crc32(repr(sizes).encode()))], "<u4").view(np.uint8)
 
-def _decode(arrays, kernel_shape):
-    "The state in the arrays of a file, for a kernel of this shape. Raises `ValueError` if anything is not as it was written."
-    arrays = dict(arrays)
-    if "checksum" not in arrays or arrays.pop("checksum") != _checksum(arrays, kernel_shape):
-        raise ValueError(f"The file is damaged, or was written by a layer whose kernel is not of shape {tuple(kernel_shape)}.")
-    trits = unpack_ternary(arrays.pop("packed_kernel"), kernel_shape, bits=1.6)
-    return {**arrays, "trits": trits, "kernel_scale": np.broadcast_to(arrays["kernel_scale"], kernel_shape[-1:])}
+def _encode(state, sizes):
+    "The state as bytes, for a layer with these sizes."
+    scale, *others = (state[name] for name in VECTORS if name in state)
+    vectors = np.concatenate([scale[:1] if (scale == scale[0]).all() else scale, *others])
+    content = np.concatenate([pack_ternary(state["trits"], bits=1.6), vectors.astype("<f4").view(np.uint8)])
+    return np.concatenate([content, _checksum(content, sizes)])
+
+def _decode(array, sizes):
+    "The state in these bytes. Raises `ValueError` if they are not as a layer with these sizes wrote them."
+    content, checksum = array[:-4], array[-4:]
+    if not np.array_equal(checksum, _checksum(content, sizes)):
+        raise ValueError(f"The file is damaged, or was written by another layer than one with {sizes}.")
+    shape = sizes["kernel"]
+    packed, vectors = np.split(content, [-(-math.prod(shape) // 5)])
+    vectors = np.frombuffer(vectors.tobytes(), "<f4").astype(np.float32)
+    behind = {name: sizes[name] for name in VECTORS[1:] if sizes[name]}
+    scale, *others = np.split(vectors, np.cumsum([len(vectors) - sum(behind.values()), *behind.values()])[:-1])
+    return {
+        "trits": unpack_ternary(packed, shape, bits=1.6),
+        "kernel_scale": np.broadcast_to(scale, shape[-1:]),
+        **dict(zip(behind, others)),
+    }
 
 # %% ../../nbs/layers/packed.ipynb #7c2c82c3
 class PackableLayer(keras.layers.Layer):
@@ -66,7 +72,7 @@ class PackableLayer(keras.layers.Layer):
             self.trainable = False
 
     def add_kernel(self, shape, **kwargs):
-        "Make the latent kernel of this shape, whose last axis are the outputs, or the variables that stand for it in a packed layer."
+        "Make the latent kernel of this shape, whose last axis is the outputs, or the variables that stand for it in a packed layer."
         self.kernel_shape = tuple(shape)
         if not self.packed:
             self.kernel = self.add_weight(name="kernel", shape=shape, autocast=False, **kwargs)
@@ -110,7 +116,11 @@ class PackableLayer(keras.layers.Layer):
         return copy
 
     def ternary_state(self):
-        "What the layer has learned, as NumPy arrays: `trits`, `kernel_scale` and, if there are any, `bias` and `gain`."
+        """What the layer has learned, as NumPy arrays.
+
+        `trits` is int8 of shape `kernel_shape`; `kernel_scale`, and `bias` if there is one, are float32 of shape `(units,)`, and `gain`,
+        if there is one, of shape `(dim,)`. Raises `ValueError` where the layer cannot be packed.
+        """
         if self.kernel_shape is None:
             raise ValueError(f"Layer '{self.name}' has no weights to pack yet. Build it, or call it on a batch, first.")
         _check_quantizer(self)
@@ -119,20 +129,21 @@ class PackableLayer(keras.layers.Layer):
             scale = ops.convert_to_numpy(self.kernel_scale)
         else:
             trits, scale = (ops.convert_to_numpy(array) for array in self.kernel_quantizer.quantize(self.kernel))
-        vectors = {name: getattr(self, name) for name in ("bias", "gain") if getattr(self, name) is not None}
+        vectors = {name: getattr(self, name) for name in VECTORS[1:] if getattr(self, name) is not None}
         try:
             trits = as_trits(trits)
         except ValueError as error:
             raise ValueError(f"Layer '{self.name}' cannot be packed. {error}") from None
         return {
             "trits": trits,
-            "kernel_scale": np.broadcast_to(scale.ravel(), self.kernel_shape[-1:]).astype(np.float32),
+            "kernel_scale": _scale_of_outputs(self, scale),
             **{name: ops.convert_to_numpy(ops.cast(vector, "float32")) for name, vector in vectors.items()},
         }
 
     def set_ternary_state(self, state):
         "Take over what `ternary_state` returned. The layer becomes packed if it is not."
         if not self.packed:
+            self.kernel.assign(ops.full(self.kernel.shape, np.nan))  # what still knows it, like a compiled graph, shall be heard
             self._tracker.unlock()  # Keras locks the set of variables once a layer is built
             self._untrack_variable(self.kernel)
             self.kernel, self.packed, self.trainable = None, True, False
@@ -145,11 +156,10 @@ class PackableLayer(keras.layers.Layer):
     def save_own_variables(self, store):
         if not self.packed:
             return super().save_own_variables(store)
-        for name, array in _encode(self.ternary_state()).items():
-            store[name] = array
+        store["packed"] = _encode(self.ternary_state(), _sizes(self))
 
     def load_own_variables(self, store):
-        if "packed_kernel" in store.keys():
+        if "packed" in store.keys():
             self.set_ternary_state(_read(self, store))
         elif self.packed:
             raise ValueError(
@@ -163,19 +173,28 @@ class PackableLayer(keras.layers.Layer):
         return {**super().get_config(), "packed": self.packed}
 
 # %% ../../nbs/layers/packed.ipynb #b3e93b5d
+def _sizes(layer):
+    vectors = {name: 0 if getattr(layer, name) is None else getattr(layer, name).shape[0] for name in VECTORS[1:]}
+    return {"kernel": layer.kernel_shape, **vectors, "norm": layer.norm, "activation_bits": layer.activation_quantizer.bits}
+
 def _read(layer, store):
     "The state in a file, checked to fit the layer."
     if layer.kernel_shape is None:
         raise ValueError(f"Layer '{layer.name}' was never built, so its packed weights cannot be loaded. Call it on a batch first.")
     try:
-        state = _decode({name: np.asarray(store[name]) for name in store.keys()}, layer.kernel_shape)
+        _check_quantizer(layer)
+        return _decode(np.asarray(store["packed"]), _sizes(layer))
     except Exception as error:  # from this module, or from the library that reads the file
         raise ValueError(f"The packed weights of layer '{layer.name}' could not be loaded. {error}") from error
-    for name in ("bias", "gain"):
-        variable, expected = state.get(name), getattr(layer, name)
-        if (variable is None) != (expected is None) or (variable is not None and variable.shape != tuple(expected.shape)):
-            raise ValueError(f"The packed weights of layer '{layer.name}' do not fit it: its `{name}` is not the one of the file.")
-    return state
+
+def _scale_of_outputs(layer, scale):
+    units = layer.kernel_shape[-1]
+    if scale.size not in (1, units) or (scale.size > 1 and scale.shape[-1] != units):
+        raise ValueError(
+            f"Layer '{layer.name}' cannot be packed: its kernel needs one scale, or one for each of its {units} outputs. "
+            f"Received: scales of shape {scale.shape}"
+        )
+    return np.broadcast_to(scale.ravel(), (units,)).astype(np.float32)
 
 def _check_quantizer(layer):
     if type(layer.activation_quantizer) is not quantizers.AbsmaxInt:
