@@ -17,6 +17,7 @@ from keras_mml.kernels import linear_numpy, product_numpy, ternary_linear
 from keras_mml.packing import pack_ternary, packed_shape, unpack_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "torch", reason="the kernels know no backend: once is enough")
 vector_kernels = kernels.vector_kernels()
 needs_numba = pytest.mark.skipif(vector_kernels is None, reason="numba is not installed")
 sizes = st.integers(1, 300) | st.sampled_from([15, 16, 17, 63, 64, 65, 128, 1000])

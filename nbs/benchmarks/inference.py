@@ -11,7 +11,6 @@ its own below _build/.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,11 +30,7 @@ ORT_BLOCKS = (32, 64, 128)  # with 16 and 256, its accuracy level 4 falls back t
 
 
 def medians(functions, seconds=1.0, block=2e-3, least=5, settle=0.0):
-    """Median seconds of a call of each function; they take turns until the time is over.
-
-    With several threads, a turn first runs for `settle` seconds: each library has threads of its own, which go on spinning for a
-    while after their last call and would take the processor from the next one.
-    """
+    "Median seconds of a call of each function; they take turns until the time is over. A turn first runs for `settle` seconds."
     calls = {}
     for name, function in functions.items():
         function(), function()
@@ -156,6 +151,7 @@ def onnx_runtime(trits, x, threads):
         model.ir_version = 10
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads > 1 else "1")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         binding, result = session.io_binding(), np.empty((x.shape[0], units), np.float32)
         binding.bind_cpu_input("x", x.numpy())
@@ -187,7 +183,7 @@ def measure_kernels(threads, shapes=SHAPES, rows=ROWS, everything=True):
             if everything:
                 functions |= onnx_runtime(trits, x, threads)
             with torch.inference_mode():
-                seconds = medians(functions, settle=0.01 if threads > 1 else 0)
+                seconds = medians(functions, settle=2e-3 if threads > 1 else 0)
             records.append(dict(dim=dim, units=units, rows=m, threads=threads, seconds=seconds))
             ratio = seconds["float32"] / seconds["packed"]
             print(f"  {dim}x{units} M={m} threads={threads}: {seconds['packed'] * 1e6:.1f} µs, {ratio:.1f}x", file=sys.stderr, flush=True)
@@ -317,16 +313,13 @@ def peak_memory(path):
     import keras
     import numpy as np
 
-    import keras_mml.operators
+    import keras_mml  # which loading needs
 
     if path:
         model = keras.saving.load_model(path)
         model.predict(np.zeros((32, model.input_shape[1]), "float32"), batch_size=32, verbose=0)
-    else:
-        keras_mml.operators.packed_linear(
-            np.zeros((1, 1), "float32"), np.zeros((1, 1, 256), "uint8"), np.ones(1, "float32"), None, None, 1
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()  # not `ru_maxrss`, which a process inherits from the one that started it
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
 # ── Starting ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -434,7 +427,8 @@ def environment_here():
 PARTS = {
     "limits": lambda: run("measure_limits"),
     "kernels": lambda: {
-        str(threads): run("measure_kernels", threads) for threads in dict.fromkeys((1, len(os.sched_getaffinity(0))))
+        # Idle threads sleep: spinning, as is their habit, those of one library would take the processor from the next one.
+        str(threads): run("measure_kernels", threads, OMP_WAIT_POLICY="PASSIVE") for threads in dict.fromkeys((1, len(os.sched_getaffinity(0))))
     },
     "simulated": lambda: {
         "avx2": run("measure_kernels", 1, *FEWER, **AVX2),
