@@ -64,7 +64,7 @@ def pack(
 ):                   # a packed copy, or the model
     """Return a copy of the model with packed weights, for inference.
 
-    Raises `ValueError` where there is nothing to pack, for layers that are not built, cannot be packed (see `PackableLayer.pack`), or are
+    Raises `ValueError` where there is nothing to pack, for layers that are not built, cannot be packed, or are
     all packed already, and for a model that cannot be copied.
     """
     if not isinstance(model, keras.layers.Layer):

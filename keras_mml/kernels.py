@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT_ROWS', 'MAX_DIM', 'PARALLEL', 'product_numpy', 'quantize_rows', 'linear_numpy', 'vector_kernels', 'kernel_for',
-           'thread_count', 'ternary_linear']
+           'thread_count', 'ternary_linear', 'check_done', 'check_arguments']
 
 # %% ../nbs/kernels.ipynb #f0118648
 import functools
