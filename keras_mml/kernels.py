@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 
-from .packing import BLOCK_DIM, BLOCK_UNITS, packed_shape, unpack_ternary
+from .packing import BLOCK_UNITS, packed_shape, unpack_ternary
 from .quantizers import NORM_EPSILON, SCALE_EPSILON
 
 # %% ../nbs/kernels.ipynb #f0792f10
@@ -60,7 +60,7 @@ def linear_numpy(x, packed, units, scale, bias, gain, normalize, bits):
     return outputs if bias is None else outputs + bias
 
 # %% ../nbs/kernels.ipynb #45bbc685
-FLOAT_ROWS = 64       # from here on, NumPy's float product beats the generic kernel
+FLOAT_ROWS = 64       # from about here on, NumPy's float product beats the generic kernel
 MAX_DIM = 2**19       # up to here, the sums of the kernel fit into 32 bits
 PARALLEL = 4_000_000  # multiply-adds from which on threads are worth waking
 

@@ -275,7 +275,7 @@ def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, 
     elif parts > 1:
         first_block, unit_blocks = unit_blocks * part // parts, unit_blocks * (part + 1) // parts
 
-    # Memory to work in is cut out of one array: each array of its own would cost as much as the rounding of a row.
+    # Memory to work in is cut out of one array, as allocating and counting six would take longer than rounding a row.
     stride = dim_blocks * BLOCK_DIM
     memory = np.empty(rows * (stride + 8) + 4 * stride + 4 * BLOCK_UNITS * (TILE_ROWS + 1), np.uint8)
     q_at = memory.ctypes.data

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = [(256, 256), (784, 256), (1024, 1024), (4096, 4096), (4096, 11008)]
 ROWS = [1, 8, 32, 128, 512]
-QUANTIZED_UP_TO = 2**28  # multiply-adds; beyond, a call of Keras' quantized layers can take a minute
+QUANTIZED_UP_TO = 2**28  # multiply-adds; beyond, a call of Keras' quantized layers takes many seconds
 ORT_BLOCKS = (32, 64, 128)  # with 16 and 256, its accuracy level 4 falls back to floats
 
 
@@ -232,6 +232,15 @@ def one_thread():
         tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
+def layer_seconds(layers, x):
+    "Median seconds of a call of each layer, inputs being on the backend already."
+    import keras
+
+    x = keras.ops.convert_to_tensor(x)
+    with inference():
+        return medians({name: lambda layer=layer: ready(layer(x)) for name, layer in layers.items()})
+
+
 def measure_layers():
     "`layer(x)` in Keras, float and packed, and what Keras' own quantization makes of `Dense`; one thread."
     one_thread()
@@ -251,10 +260,8 @@ def measure_layers():
                 layer.quantize(name.split(", ")[1])
         layers["packed DenseMML"] = layers["packed DenseMML"].pack()
         for m in ROWS:
-            x = keras.ops.convert_to_tensor(rng.normal(size=(m, dim)).astype(np.float32))
             chosen = {name: layer for name, layer in layers.items() if "int" not in name or m * dim * units <= QUANTIZED_UP_TO}
-            with inference():
-                seconds = medians({name: lambda layer=layer: ready(layer(x)) for name, layer in chosen.items()})
+            seconds = layer_seconds(chosen, rng.normal(size=(m, dim)).astype(np.float32))
             records.append(dict(dim=dim, units=units, rows=m, threads=1, seconds=seconds))
             ratio = seconds["Dense"] / seconds["packed DenseMML"]
             print(f"  {keras.backend.backend()} layer {dim}x{units} M={m}: {ratio:.2f}x", file=sys.stderr, flush=True)
@@ -298,9 +305,7 @@ def measure_models():
                 record["memory"][kind] = run("peak_memory", path)
         for m in (1, 32, 512):
             x = rng.normal(size=(m, dim)).astype("float32")
-            tensor = keras.ops.convert_to_tensor(x)
-            with inference():
-                record["call"][m] = medians({kind: lambda model=model: ready(model(tensor)) for kind, model in models.items()})
+            record["call"][m] = layer_seconds(models, x)
             record["predict"][m] = medians({k: lambda model=model: model.predict(x, batch_size=m, verbose=0) for k, model in models.items()})
         records.append(record)
         print(f"  {name}: " + json.dumps(record["file"]), file=sys.stderr, flush=True)
@@ -372,9 +377,7 @@ def peer_layers():
     for dim, units in SHAPES:
         layers = {"Dense": keras.layers.Dense(units), "keras-matmulless": DenseMML(units)}
         for m in ROWS:
-            x = keras.ops.convert_to_tensor(rng.normal(size=(m, dim)).astype(np.float32))
-            with inference():
-                seconds = medians({name: lambda layer=layer: ready(layer(x)) for name, layer in layers.items()})
+            seconds = layer_seconds(layers, rng.normal(size=(m, dim)).astype(np.float32))
             records.append(dict(dim=dim, units=units, rows=m, threads=1, seconds=seconds))
     from importlib.metadata import version
 
