@@ -37,7 +37,7 @@ def unpack_on_device(
 def linear_on_device(x, packed, scale, bias, gain, units, normalize, bits):
     "`packed_linear` with `keras.ops`. The arguments are tensors, the outputs float32 of shape `(..., units)`."
     x = ops.stop_gradient(rms_normalize(x, gain) if normalize else x)
-    q, row_scale = absmax_int(x, bits)
+    q, row_scale = absmax_int(x, bits) if bits else (x, 1.0)
     outputs = ops.matmul(q, unpack_on_device(packed, x.shape[-1], units)) * (row_scale * scale)
     return outputs if bias is None else outputs + bias
 
@@ -58,7 +58,7 @@ def _register_torch():
         outputs = torch.empty((*leading, units), dtype=torch.float32)
         done = kernel(
             x.data_ptr(), rows, dim, packed.data_ptr(), units, scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            0 if gain is None else gain.data_ptr(), normalize, 2 ** (bits - 1) - 1, outputs.data_ptr(), 0, parts,
+            0 if gain is None else gain.data_ptr(), normalize, kernels.largest_integer(bits), outputs.data_ptr(), 0, parts,
         )  # fmt: skip
         kernels.check_done(done, parts)
         return outputs
@@ -126,7 +126,7 @@ def _jax_cpu(x, packed, scale, bias, gain, *, units, normalize, bits, parts):
     result = jax.ShapeDtypeStruct((x.shape[0], units), np.float32)
     bias, gain = (np.zeros(0, np.float32) if v is None else to_float32(v) for v in (bias, gain))
     if parts:
-        settings = np.array([normalize, 2 ** (bits - 1) - 1, parts], np.int32)
+        settings = np.array([normalize, kernels.largest_integer(bits), parts], np.int32)
         call = jax.ffi.ffi_call("keras_mml_linear", result, vmap_method="sequential")
         return call(x, packed, scale, bias, gain, settings)
 
@@ -183,7 +183,7 @@ def packed_linear(
     gain,            # gain of the normalisation, shape `(dim,)`, or `None`
     units,           # number of outputs
     normalize=True,  # whether to divide each row by its root mean square first
-    bits=8,          # width of the quantised activations, 2 to 8
+    bits=8,          # width of the quantised activations, 2 to 8; 0: `x` holds whole numbers in [-127, 127] already
 ):                   # a float32 tensor of shape `(..., units)`
     "`ternary_linear` for tensors of the current backend, on any device, eagerly or in a graph. Raises `ValueError` as that does."
     x = ops.convert_to_tensor(x, sparse=False)

@@ -246,6 +246,8 @@ def quantize_row(x, gain, normalize, limit, normalized, q):
             for k in range(x.size):
                 normalized[k] *= gain[k]
         x = normalized
+    if limit == 0:  # whole numbers already
+        return np.float32(1), round_row(x, np.float32(1), q)
     largest = max(largest_magnitude(x), np.float32(SCALE_EPSILON))
     if not largest < np.inf:
         q[:] = 0

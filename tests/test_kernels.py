@@ -258,6 +258,20 @@ def test_threads_respect_their_limits(monkeypatch):
     assert kernels.thread_count() == 1
 
 
+@needs_numba
+def test_the_threads_of_torch_stay_as_they_were():
+    code = (
+        "import os, torch, numpy as np\n"
+        "torch.set_num_threads(1)\n"
+        "from keras_mml import kernels, packing\n"
+        "packed = packing.pack_ternary(np.ones((1024, 1024)))\n"
+        "kernels.ternary_linear(np.ones((8, 1024), 'float32'), packed, 1024, 1.0)\n"
+        "assert torch.get_num_threads() == 1"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
 def test_without_numba_the_results_are_the_same_with_one_warning():
     code = """
         import sys, warnings
@@ -292,7 +306,7 @@ def test_importing_the_package_does_not_import_the_compiler():
         (dict(scale=np.ones(3)), r"`scale` must have shape \(70,\). Received: shape \(3,\)"),
         (dict(bias=np.ones(100)), "`bias` must have shape"),
         (dict(gain=np.ones(70)), "`gain` must have shape"),
-        (dict(bits=1), "expected an integer from 2 to 8. Received: bits=1"),
+        (dict(bits=1), "expected an integer from 2 to 8, or 0. Received: bits=1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

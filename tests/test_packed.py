@@ -319,7 +319,7 @@ def test_arguments_of_the_operator_are_checked():
         (dict(scale=np.ones(3, "float32")), "`scale` must have shape"),
         (dict(bias=np.ones(3, "float32")), "`bias` must have shape"),
         (dict(gain=np.ones(3, "float32")), "`gain` must have shape"),
-        (dict(bits=9), "expected an integer from 2 to 8. Received: bits=9"),
+        (dict(bits=9), "expected an integer from 2 to 8, or 0. Received: bits=9"),
     ]:
         with pytest.raises(ValueError, match=message):
             packed_linear(**{**dict(x=x, packed=packed, scale=scale, bias=None, gain=None, units=8), **wrong})

@@ -10,7 +10,8 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from .. import quantizers
-from .normalization import defined_last_dimension, rms_normalize
+from .arguments import check_positive_integers, defined_last_dimension
+from .normalization import rms_normalize
 from .packed import PackableLayer
 
 # %% ../../nbs/layers/dense.ipynb #23e68554
@@ -94,8 +95,7 @@ class DenseMML(PackableLayer):
         packed=False,
         **kwargs,
     ):
-        if not isinstance(units, int) or isinstance(units, bool) or units <= 0:
-            raise ValueError(f"Received an invalid value for `units`, expected a positive integer. Received: units={units!r}")
+        check_positive_integers(units=units)
         if norm not in ("rms", None):
             raise ValueError(f'Received an invalid value for `norm`, expected "rms" or None. Received: norm={norm!r}')
         if norm_gain and norm is None:

@@ -87,13 +87,17 @@ class PackableLayer(keras.layers.Layer):
         self.kernel_scale = self.add_weight(name="kernel_scale", shape=(units,), dtype="float32", initializer="ones", **fixed)
         self.supports_jit = keras.backend.backend() != "tensorflow"  # there, the kernel is called through Python
 
-    def packed_product(self, inputs, training):
-        "The layer's product with its packed kernel, normalisation and bias included, in the compute dtype."
+    def check_inference(self, training):
+        "Raise a `ValueError` if the layer is called for training, which packed weights cannot."
         if training:
             raise ValueError(
                 f"Layer '{self.name}' is packed and cannot be trained: its latent weights are gone. Train the model it was "
                 "packed from, and pack it again."
             )
+
+    def packed_product(self, inputs, training):
+        "The layer's product with its packed kernel, normalisation and bias included, in the compute dtype."
+        self.check_inference(training)
         outputs = packed_linear(
             inputs, self.packed_kernel, self.kernel_scale, self.bias, self.gain, self.kernel_shape[-1],
             self.norm == "rms", self.activation_quantizer.bits,

@@ -172,8 +172,8 @@ def measure_kernels(threads, shapes=SHAPES, rows=ROWS, everything=True):
 
     from keras_mml import vector_kernels
 
+    numba.set_num_threads(threads)  # first, since numba may set the threads of torch, too
     torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
     rng, records = np.random.default_rng(0), []
     for dim, units in shapes:
         trits = rng.integers(-1, 2, (dim, units)).astype(np.int8)
