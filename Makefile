@@ -66,6 +66,7 @@ benchmark-inference: .venv/.ready-benchmark ## measure packed layers against oth
 benchmark: .venv/.ready-backends ## measure accuracy and step times anew (hours; an interrupted run goes on)
 	@$(BIN)/python nbs/benchmarks/accuracy.py $(or_stop)
 	@$(BIN)/python nbs/benchmarks/step_time.py $(or_stop)
+	@$(BIN)/python nbs/benchmarks/recurrence.py $(or_stop)
 
 preview: ## serve the website at http://localhost:8000
 	@test -d _docs || $(MAKE) site

@@ -83,8 +83,8 @@ class AttentionMML(Composed, keras.layers.Layer):
         backward = ops.flip(self.backward_rnn(inputs, mask=mask, training=training), axis=1)
         return (self.forward_rnn(inputs, mask=mask, training=training) + backward) / 2
 
-    def get_initial_cache(self, batch_size, max_length=None):
-        "An empty cache, the states of `GRUMML`. Its size does not depend on `max_length`."
+    def get_initial_cache(self, batch_size):
+        "An empty cache, the states of `GRUMML`. Its size does not change."
         return self.forward_rnn.cell.get_initial_state(batch_size)
 
     def compute_output_spec(self, inputs, mask=None, cache=None, training=None):
@@ -138,13 +138,13 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask: as in
             `keras.layers.MultiHeadAttention`.
         cache: what `get_initial_cache` or the call before returned, or `None`. With one, the layer attends causally from the
-            queries to everything in the cache and to themselves; masks and scores are not available then.
+            queries to everything in the cache and to themselves; masks, dropout and scores are not available then.
 
     Output shape:
         As in `keras.layers.MultiHeadAttention`; with a cache, a pair of the outputs and the next cache.
 
     Raises:
-        ValueError: for an invalid argument, an odd `key_dim` with `rotary=True`, and more places than the cache has.
+        ValueError: for an invalid argument, and an odd `key_dim` with `rotary=True`.
 
     Example:
 
@@ -219,26 +219,20 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
             return super().call(
                 query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask
             )
-        start, count = cache["length"], query.shape[1]
-        if isinstance(start, int) and start + count > cache["keys"].shape[1]:
-            raise ValueError(
-                f"The cache of layer '{self.name}' has {cache['keys'].shape[1]} places. Received: {count} places more than the {start} in it"
-            )
+        start, count = cache["keys"].shape[1], query.shape[1]
         query, key, value = self._query_dense(query), self._key_dense(value if key is None else key), self._value_dense(value)
         query, key, value = self._split_heads(query, key, value)
         if self.rotary:
             query, key = (rotate(v, start, self.max_wavelength) for v in (query, key))
-        keys = ops.slice_update(cache["keys"], (0, start, 0, 0), key)
-        values = ops.slice_update(cache["values"], (0, start, 0, 0), value)
-        seen = ops.arange(keys.shape[1])[None, None] <= start + ops.arange(count)[None, :, None]
-        outputs, _ = self._attend(query, keys, values, seen, training)
-        return self._output_dense(outputs), dict(keys=keys, values=values, length=start + count)
+        cache = dict(keys=ops.concatenate([cache["keys"], key], axis=1), values=ops.concatenate([cache["values"], value], axis=1))
+        seen = ops.arange(start + count)[None, None] <= ops.arange(start, start + count)[None, :, None]
+        outputs, _ = self._attend(query, cache["keys"], cache["values"], seen, training)
+        return self._output_dense(outputs), cache
 
-    def get_initial_cache(self, batch_size, max_length):
-        "An empty cache for `max_length` places: keys and values of shape `(batch_size, max_length, heads, dim)`, and how many are in it."
-        shape = (batch_size, max_length, self.num_key_value_heads or self.num_heads)
-        keys, values = (ops.zeros((*shape, dim), dtype=self.compute_dtype) for dim in (self.key_dim, self.value_dim))
-        return dict(keys=keys, values=values, length=0)
+    def get_initial_cache(self, batch_size):
+        "An empty cache: keys and values of shape `(batch_size, 0, heads, dim)`, which grow with each call."
+        shape = (batch_size, 0, self.num_key_value_heads or self.num_heads)
+        return {name: ops.zeros((*shape, dim), dtype=self.compute_dtype) for name, dim in (("keys", self.key_dim), ("values", self.value_dim))}
 
     def get_config(self):
         return {

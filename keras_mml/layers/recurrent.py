@@ -290,7 +290,7 @@ class GRUMML(ScanRNN):
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits`, `packed` of `DenseMML`, and the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, steps, input_dim)`, floats; a mask of shape `(batch, steps)`; and an initial state, a list of `num_heads` tensors of
+        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape `(batch, steps)`; and an initial state, a list of `num_heads` tensors of
         shape `(batch, units // num_heads)`, or a single one for one head.
 
     Output shape:
@@ -456,7 +456,7 @@ class LRUMML(ScanRNN):
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits`, `packed` of `DenseMML`, and the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, steps, input_dim)`, floats; a mask of shape `(batch, steps)`; and an initial state, a list of two tensors of shape
+        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape `(batch, steps)`; and an initial state, a list of two tensors of shape
         `(batch, state_dim)`, the real and the imaginary part.
 
     Output shape:

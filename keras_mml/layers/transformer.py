@@ -112,9 +112,9 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
             raise ValueError(f"Layer '{self.name}' has `causal=False`, so what comes later changes its outputs, and it can keep no cache.")
         return self.mixing(x, x, value_mask=mask, use_causal_mask=self.causal, cache=cache, training=training)
 
-    def get_initial_cache(self, batch_size, max_length):
-        "An empty cache, to continue texts of up to `max_length` places. With the mixer of `AttentionMML`, its size does not depend on that."
-        return self.mixing.get_initial_cache(batch_size, max_length)
+    def get_initial_cache(self, batch_size):
+        "An empty cache. That of the mixer `gru` keeps its size, that of `softmax` grows with the text."
+        return self.mixing.get_initial_cache(batch_size)
 
     def compute_output_shape(self, input_shape):
         return input_shape

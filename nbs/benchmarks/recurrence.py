@@ -1,9 +1,10 @@
 """Time a training step of the recurrent layers beside `keras.layers.GRU`, and save the medians.
 
-    python nbs/benchmarks/recurrence.py [--backends torch jax tensorflow]
+    python nbs/benchmarks/recurrence.py [--backends torch jax]
 
 1024 steps, a batch of 16, 256 inputs and 256 units, all outputs returned. A training step is `train_on_batch` with Adam, compiled as Keras does by
-default: eager on torch, one XLA program on jax, a graph on tensorflow. The layers take turns in one process, which may use one core.
+default: eager on torch, one XLA program on jax. The layers take turns in one process, with as many threads as the backend
+takes by itself.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from measure import environment, save
 
 RESULTS = Path(__file__).with_suffix(".json")
 BATCH, LENGTH, UNITS = 16, 1024, 256
-ROUNDS = {"torch": 7, "jax": 15, "tensorflow": 7}
+ROUNDS = {"torch": 3, "jax": 9}
 
 
 def networks():
@@ -48,10 +49,6 @@ def measure():
     import numpy as np
 
     backend = keras.backend.backend()
-    if backend == "torch":
-        import torch
-
-        torch.set_num_threads(1)
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(BATCH, LENGTH, UNITS)).astype("float32") for _ in range(2))
@@ -66,7 +63,7 @@ def measure():
     return dict(
         seconds={name: statistics.median(t) for name, t in times.items()},
         speedup={name: statistics.median(a / b for a, b in zip(times["GRU"], t)) for name, t in times.items()},
-        environment=environment(),
+        environment=dict(environment(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     )
 
 
@@ -76,13 +73,11 @@ def main():
     parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")
     args = parser.parse_args()
     if args.here:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         print(json.dumps(measure()))
         return
     results = {}
     for backend in args.backends:
-        settings = dict(KERAS_BACKEND=backend, OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")
+        settings = dict(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
         run = subprocess.run([sys.executable, __file__, "--here"], env=os.environ | settings, stdout=subprocess.PIPE, check=True)
         results[backend] = json.loads(run.stdout.splitlines()[-1])
         for name, seconds in results[backend]["seconds"].items():
