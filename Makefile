@@ -50,7 +50,7 @@ test-on-%: .venv/.ready-backends
 	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print \
 	    --skip_folder_re '^(tutorials|benchmarks|explanations|[_.])' $(or_stop)
 	@echo "→ docstring examples and tests/ on $*"
-	@KERAS_BACKEND=$* $(BIN)/python -m pytest --doctest-modules keras_mml tests $(or_stop)
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2 --doctest-modules keras_mml tests $(or_stop)
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export $(or_stop)
