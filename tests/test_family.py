@@ -11,7 +11,7 @@ from keras.src import testing
 
 from keras_mml import layers, pack
 from keras_mml.layers import *  # noqa: F403
-from keras_mml.layers import DenseMML, TransformerBlockMML
+from keras_mml.layers import DenseMML, MultiHeadAttentionMML, TransformerBlockMML
 from keras_mml.layers.packed import PackableLayer
 from keras_mml.layers.recurrent import ScanRNN
 
@@ -29,6 +29,10 @@ class Case:
     def make(self, **arguments):
         return self.cls(**self.arguments, **arguments)
 
+    def apply(self, layer, x):
+        y = layer(x, x) if self.cls is MultiHeadAttentionMML else layer(x)
+        return y[0] if isinstance(y, (tuple, list)) else y
+
     def data(self, rows=None, seed=0):
         shape = (rows or self.input_shape[0], *self.input_shape[1:])
         rng = np.random.default_rng(seed)
@@ -42,8 +46,7 @@ class Case:
         x = inputs = self.input()
         if len(self.input_shape) == 3 and not self.tokens:
             x = RMSNorm()(x)
-        x = self.make(**arguments)(x)
-        x = keras.layers.Flatten()(x[0] if isinstance(x, (tuple, list)) else x)
+        x = keras.layers.Flatten()(self.apply(self.make(**arguments), x))
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
         model.compile(keras.optimizers.Adam(0.01), "mse")
         return model
@@ -80,10 +83,19 @@ CASES = [
     Case(DepthwiseConv2DMML, dict(kernel_size=3, depth_multiplier=2), I, (2, 6, 6, 8), 2, masks=False),
     Case(RMSNorm, dict(use_bias=True), (2, 8), (2, 8), 2),
 ]  # fmt: skip
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-ternary_cases = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.cls not in (TokenEmbedding, Patches, RMSNorm) and c.arguments.get("use_mml", True)], ids=lambda case: case.name
-)
+# Layers that take two inputs, which Sequential and TimeDistributed cannot give them.
+ATTENTION = [
+    Case(MultiHeadAttentionMML, dict(num_heads=2, key_dim=4), T, T, 8),
+    Case(MultiHeadAttentionMML, dict(num_heads=4, key_dim=4, num_key_value_heads=2, rotary=True, fully_mml=False, use_bias=False), T, T, 4),
+]
+
+
+def each(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+every_case = each(CASES + ATTENTION)
+ternary_cases = each([c for c in CASES + ATTENTION if c.cls not in (TokenEmbedding, Patches, RMSNorm) and c.arguments.get("use_mml", True)])
 
 
 def array(tensor):
@@ -92,8 +104,8 @@ def array(tensor):
 
 def test_no_layer_is_forgotten():
     exported = {getattr(layers, name) for name in layers._all_}
-    cells = {layers.GRUCellMML, layers.LRUCellMML, layers.MultiHeadAttentionMML}  # which have tests of their own
-    assert exported - cells == {case.cls for case in CASES}
+    cells = {layers.GRUCellMML, layers.LRUCellMML}  # which have a test of their own
+    assert exported - cells == {case.cls for case in CASES + ATTENTION}
 
 
 class ConformanceTest(testing.TestCase):
@@ -191,6 +203,8 @@ def test_every_weight_trains_and_a_saved_model_goes_on_bit_for_bit(case, tmp_pat
     start = [array(v) for v in model.trainable_variables]
     one_epoch(model, case, seed=1)
     for variable, old in zip(model.trainable_variables, start):  # Adam moves whatever has a gradient
+        if variable.path.endswith("key/bias"):  # adds the same to all scores of a query, so softmax does not see it
+            continue
         assert np.isfinite(array(variable)).all() and not np.array_equal(array(variable), old), variable.path
     model.save(tmp_path / "m.keras")
     resumed = keras.saving.load_model(tmp_path / "m.keras")
@@ -230,7 +244,7 @@ def test_packed_models_predict_the_same_and_are_saved(case, tmp_path):
         packed(x, training=True)
 
 
-@every_case
+@each(CASES)
 def test_clones_and_containers(case):
     "Clones, Sequential, TimeDistributed and subclassed models."
     model, x = case.model(), case.data()
@@ -270,14 +284,13 @@ def test_compiled_as_a_whole(case):
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 @every_case
 def test_mixed_precision_keeps_float32_weights_and_trains(case, dtype):
-    if BACKEND == "jax" and dtype == "mixed_float16" and case.arguments.get("mixer") == "softmax":
+    if BACKEND == "jax" and dtype == "mixed_float16" and (case.cls is MultiHeadAttentionMML or case.arguments.get("mixer") == "softmax"):
         pytest.skip("jax has no attention in float16 on a CPU")
     keras.utils.set_random_seed(0)
     model, x = case.model(dtype=dtype), case.data(rows=16)
     layer = next(layer for layer in model.layers if type(layer) is case.cls and (layer.dtype_policy.name == dtype))
     assert all(keras.backend.standardize_dtype(w.dtype) == "float32" for w in layer.weights)
-    y = layer(x)
-    assert keras.backend.standardize_dtype((y[0] if isinstance(y, tuple) else y).dtype) == layer.compute_dtype
+    assert keras.backend.standardize_dtype(case.apply(layer, x).dtype) == layer.compute_dtype
     model.train_on_batch(x, np.ones((16, 2), "float32"))
     assert np.isfinite(array(model(x))).all()
 
@@ -302,10 +315,11 @@ def test_the_scan_equals_the_steps(make, steps):
     for s, t in zip(scanned[1:], stepped[1:]):  # the states
         np.testing.assert_allclose(array(s), array(t), rtol=1e-4, atol=1e-4 * np.abs(array(t)).max())
     outputs, expected = array(scanned[0]), array(stepped[0])
-    # Outputs are rounded to 255 steps once more, so a few of them may lie on the other side of an edge.
-    close = np.abs(outputs - expected) <= 1e-4 * np.abs(expected).max()
-    assert close.mean() > 0.97 and np.abs(outputs - expected).max() < 0.05 * np.abs(expected).max()
-
+    equal = np.abs(outputs - expected) <= 1e-4 * np.abs(expected).max()
+    if layer.cell.fully_mml:  # outputs are rounded to 255 steps once more, so a few of them may lie on the other side of an edge
+        assert equal.mean() > 0.97 and np.abs(outputs - expected).max() < 0.05 * np.abs(expected).max()
+    else:
+        assert equal.all()
 
 
 @pytest.mark.parametrize("make", RECURRENT)
