@@ -42,6 +42,17 @@ def test_sums_are_exact(dim, units, rows, seed, bits):
     np.testing.assert_array_equal(product_numpy(q.astype(np.int8), pack_ternary(trits), units), q @ trits)
 
 
+@given(sizes, st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_integers_are_taken_as_they_are(dim, units, rows, seed):
+    "`bits=0`: nothing is normalised, and no row is scaled up to the largest integer."
+    rng = np.random.default_rng(seed)
+    q, trits = rng.integers(-127, 128, (rows, dim)) // 2 ** rng.integers(0, 8, (rows, 1)), rng.integers(-1, 2, (dim, units))
+    np.testing.assert_array_equal(sums(q, trits, bits=0), q @ trits)
+    scale, bias = rng.normal(size=(2, units)).astype("float32")
+    expected = linear_numpy(q.astype("float32"), pack_ternary(trits), units, scale, bias, None, False, 0)
+    np.testing.assert_array_equal(ternary_linear(q, pack_ternary(trits), units, scale, bias, normalize=False, bits=0), expected)
+
+
 @needs_numba
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -140,6 +151,7 @@ def check():
     for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 70)]:
         q, trits = problem(rows, dim, units)
         np.testing.assert_array_equal(sums(q, trits), q @ trits)
+        np.testing.assert_array_equal(sums(q // 3, trits, bits=0), q // 3 @ trits)
 """
 
 
