@@ -55,8 +55,10 @@ class ConvolutionMML(PackableLayer):
 
     Args:
         geometry: dictionary of the arguments that the twin takes to say where the windows are.
-        activation, use_bias, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer,
-        activity_regularizer, kernel_constraint, bias_constraint: as in Keras.
+        activation, use_bias: as in `keras.layers.Conv2D`.
+        kernel_initializer, kernel_regularizer, kernel_constraint: those of the latent kernel.
+        bias_initializer, bias_regularizer, bias_constraint: those of the biases.
+        activity_regularizer: that of the outputs.
         norm: `"rms"` to divide each sample by its root mean square first, or `None`.
         norm_gain: whether that normalisation learns a gain of shape `(channels,)`.
         scale, activation_bits, packed: as in `DenseMML`.
@@ -216,9 +218,11 @@ class Conv1DMML(FullConvolutionMML):
 
     Args:
         filters: positive integer, the number of outputs at each step.
-        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
-            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: those of `keras.layers.Conv1D`, `padding="causal"` included.
+        kernel_size, strides, padding, data_format, dilation_rate, groups: as in `keras.layers.Conv1D`, `padding="causal"` included.
+        activation, use_bias: as in `keras.layers.Conv1D`.
+        kernel_initializer, kernel_regularizer, kernel_constraint: those of the latent kernel.
+        bias_initializer, bias_regularizer, bias_constraint: those of the biases.
+        activity_regularizer: that of the outputs.
         **kwargs: `norm` (over a whole sample), `norm_gain` (of shape `(channels,)`), `scale`, `activation_bits`, `packed` as in
             `DenseMML`, and the arguments of `keras.layers.Layer`.
 
@@ -253,9 +257,11 @@ class Conv2DMML(FullConvolutionMML):
 
     Args:
         filters: positive integer, the number of outputs at each position.
-        kernel_size, strides, padding, data_format, dilation_rate, groups, activation, use_bias, kernel_initializer,
-            bias_initializer, kernel_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
-            bias_constraint: those of `keras.layers.Conv2D`.
+        kernel_size, strides, padding, data_format, dilation_rate, groups: as in `keras.layers.Conv2D`.
+        activation, use_bias: as in `keras.layers.Conv2D`.
+        kernel_initializer, kernel_regularizer, kernel_constraint: those of the latent kernel.
+        bias_initializer, bias_regularizer, bias_constraint: those of the biases.
+        activity_regularizer: that of the outputs.
         **kwargs: `norm` (over a whole sample), `norm_gain` (of shape `(channels,)`), `scale`, `activation_bits`, `packed` as in
             `DenseMML`, and the arguments of `keras.layers.Layer`.
 
@@ -291,9 +297,11 @@ class DepthwiseConv2DMML(ConvolutionMML):
     """`keras.layers.DepthwiseConv2D` with ternary filters and int8 activations: each channel is filtered by itself.
 
     Args:
-        kernel_size, strides, padding, depth_multiplier, data_format, dilation_rate, activation, use_bias,
-            depthwise_initializer, bias_initializer, depthwise_regularizer, bias_regularizer, activity_regularizer,
-            depthwise_constraint, bias_constraint: those of `keras.layers.DepthwiseConv2D`.
+        kernel_size, strides, padding, depth_multiplier, data_format, dilation_rate: as in `keras.layers.DepthwiseConv2D`.
+        activation, use_bias: as in `keras.layers.DepthwiseConv2D`.
+        depthwise_initializer, depthwise_regularizer, depthwise_constraint: those of the latent kernel.
+        bias_initializer, bias_regularizer, bias_constraint: those of the biases.
+        activity_regularizer: that of the outputs.
         **kwargs: `norm` (over a whole sample), `norm_gain` (of shape `(channels,)`), `scale`, `activation_bits`, `packed` as in
             `DenseMML`, and the arguments of `keras.layers.Layer`.
 
