@@ -11,6 +11,7 @@ import warnings
 
 import keras
 
+from .layers.composed import Composed
 from .layers.packed import PackableLayer
 
 # %% ../nbs/conversion.ipynb #a8bfb915
@@ -28,7 +29,8 @@ def _copy(model):
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"'{model.name}' could not be copied: made again from its configuration, it has other weights. Check its `get_config` "
-            f"and `build`. Received weights of shapes {shapes[1]}, and in the copy {shapes[0]}"
+            "and `build`, or, if a layer is used by it and by a model inside it, which Keras clones twice, pack the model itself with "
+            f"`pack(model, in_place=True)`. Received weights of shapes {shapes[1]}, and in the copy {shapes[0]}"
         )
     copy.set_weights(model.get_weights())
     return copy
@@ -70,13 +72,13 @@ def pack(
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"`pack` takes a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
     packable = _packable_layers(model)
-    if not packable:
-        raise ValueError(f"'{model.name}' has no layer that can be packed. Those of `keras_mml.layers` with a ternary kernel can.")
-    if all(layer.packed for layer in packable):
+    if packable and all(layer.packed for layer in packable):
         raise ValueError(f"'{model.name}' is packed already.")
-    unbuilt = [layer.name for layer in packable if not layer.built]
+    unbuilt = [layer.name for layer in model._flatten_layers() if isinstance(layer, (PackableLayer, Composed)) and not layer.built]
     if unbuilt:
         raise ValueError(f"Only built layers can be packed. Call '{model.name}' on a batch first. Layers without weights: {unbuilt}")
+    if not packable:
+        raise ValueError(f"'{model.name}' has no layer that can be packed. Those of `keras_mml.layers` with a ternary kernel can.")
     states = [layer.ternary_state() for layer in packable]  # all of them, before anything changes
     compiled = _compile_arguments(model)
     target = model if in_place else _copy(model)

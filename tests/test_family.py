@@ -177,7 +177,7 @@ class ConformanceTest(testing.TestCase):
 def test_the_configuration_names_every_argument_and_survives_json(case):
     layer = case.make()
     config = json.loads(json.dumps(layer.get_config()))
-    parameters = {name for name, p in inspect.signature(case.cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    parameters = {name for name, p in inspect.signature(case.cls.__init__).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     assert parameters - {"self"} <= set(config)
     assert case.cls.from_config(config).get_config() == layer.get_config()
 
@@ -424,6 +424,159 @@ def test_generation_step_by_step_equals_the_whole(mixer, packed):
     close(np.concatenate(pieces, axis=1), whole)
 
 
+@pytest.mark.parametrize("options", [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads=1, rotary=True)], ids=str)
+def test_softmax_attention_with_a_cache_does_all_that_it_does_without(options):
+    x = np.random.default_rng(0).normal(size=(2, 9, 8)).astype("float32")
+    visible = np.ones((2, 9), bool)
+    visible[0, :3] = visible[1, 4] = False  # padding on the left, and a gap
+    layer = MultiHeadAttentionMML(2, 4, **options)
+    for mask in (None, visible):
+        whole = array(layer(x, x, value_mask=mask, use_causal_mask=True))
+        cache, pieces = layer.get_initial_cache(2), []
+        for start, stop in [(0, 4), (4, 5), (5, 9)]:
+            piece = x[:, start:stop]
+            y, cache = layer(piece, piece, value_mask=None if mask is None else mask[:, start:stop], cache=cache)
+            pieces.append(array(y))
+        rows = np.ones((2, 9), bool) if mask is None else np.cumsum(mask, axis=1) > 0  # those that see something
+        close(np.concatenate(pieces, axis=1)[rows], whole[rows])
+    with pytest.raises(ValueError, match="takes no `attention_mask`"):
+        layer(x, x, attention_mask=np.ones((2, 9, 9), bool), cache=layer.get_initial_cache(2))
+
+
+@pytest.mark.parametrize("mixer", ["gru", "softmax"])
+def test_padding_on_the_left_stays_unseen_in_the_cache(mixer):
+    x = np.random.default_rng(0).normal(size=(1, 6, 16)).astype("float32")
+    mask = np.array([[False, False, True, True, True, True]])
+    block = TransformerBlockMML(16, 32, 4, mixer=mixer)
+    expected = array(block(x, mask=mask))[:, 2:]
+    noisy = x.copy()
+    noisy[:, :2] += 10
+    for inputs in (x, noisy):
+        first, cache = block(inputs[:, :4], mask=mask[:, :4], cache=block.get_initial_cache(1))
+        last, _ = block(inputs[:, 4:], cache=cache)
+        close(np.concatenate([array(first)[:, 2:], array(last)], axis=1), expected)
+
+
+@pytest.mark.parametrize("mixer", ["gru", "softmax"])
+def test_a_functional_model_of_a_block_and_its_cache(mixer):
+    block = TransformerBlockMML(8, 16, 2, mixer=mixer)
+    x = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32"))
+    cache, inputs = block.get_initial_cache(2), keras.Input((3, 8))
+    states = keras.tree.map_structure(
+        lambda v: keras.Input([size or None for size in v.shape[1:]], dtype=keras.backend.standardize_dtype(v.dtype)), cache
+    )
+    model = keras.Model([inputs, states], block(inputs, cache=states))
+    y, after = model([x, cache])
+    close(array(y), array(block(x)))
+    again, _ = model([x, after])
+    assert tuple(again.shape) == (2, 3, 8) and np.abs(array(again) - array(y)).max() > 1e-3
+
+
+@each([c for c in CASES + ATTENTION if c.weights])
+def test_frozen_layers_stay_frozen(case):
+    inputs = case.input()
+    layer = case.make(trainable=False)
+    model = keras.Model(inputs, case.apply(layer, inputs))
+    assert not model.trainable_weights
+    layer.trainable = True
+    assert len(model.trainable_weights) == case.weights
+    layer.trainable = False
+    clone = keras.models.clone_model(model)
+    assert not clone.trainable_weights and not clone.layers[-1].trainable
+
+
+def test_token_numbers_are_not_rounded():
+    tokens = np.arange(0, 4000, 7)[None]
+    for dtype in ("mixed_bfloat16", "mixed_float16"):
+        inputs = keras.Input((None,))  # float32, as Keras' inputs are
+        layer = layers.TokenEmbedding(5000, 4000, 8, dtype=dtype)
+        model = keras.Model(inputs, layer(inputs))
+        expected = array(ops.cast(layer.tokens.embeddings, dtype.removeprefix("mixed_")))[tokens]
+        np.testing.assert_array_equal(array(model(tokens.astype("float32"))), expected)
+
+
+def test_the_first_place_may_be_any_integer():
+    layer = layers.TokenEmbedding(9, 9, 3, with_positions=True)
+    tokens = np.array([[1, 2]])
+    expected = array(layer(tokens, start=4))
+    for start in (np.int64(4), np.int32(4), ops.convert_to_tensor(np.int64(4))):
+        np.testing.assert_array_equal(array(layer(tokens, start=start)), expected)
+
+
+def test_integers_as_inputs():
+    x = np.random.default_rng(0).integers(0, 9, (2, 4, 8))
+    block = TransformerBlockMML(8, 16, 2)
+    close(array(block(x)), array(block(x.astype("float32"))))
+    patches = layers.Patches(2)(x.reshape(2, 8, 4, 1).astype("uint8"))
+    assert keras.backend.standardize_dtype(patches.dtype) == "float32"
+
+
+@pytest.mark.parametrize("bound", [np.linspace(0.1, 0.9, 2), (0.1, 0.9), np.float32(0.5), [0, 0.5]], ids=str)
+def test_bounds_of_any_kind_are_saved(bound, tmp_path):
+    model = keras.Sequential([keras.Input((6, 8))])
+    model.add(layers.GRUMML(8, num_heads=2, forget_lower_bound=bound, return_sequences=True))
+    model.add(layers.AttentionMML(2, 8, forget_lower_bound=bound))
+    for mixer in ("gru", "softmax"):
+        model.add(TransformerBlockMML(8, 16, 2, forget_lower_bound=bound, mixer=mixer))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    x = np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32")
+    np.testing.assert_array_equal(array(loaded(x)), array(model(x)))
+    assert json.loads(json.dumps(loaded.get_config())) == json.loads(json.dumps(model.get_config()))
+
+
+CONVOLUTIONS = [c for c in CASES if "Conv" in c.cls.__name__]
+
+
+@each(CONVOLUTIONS)
+def test_convolutions_of_no_samples_and_of_unknown_lengths(case):
+    x = case.data(rows=3)
+    model = keras.Sequential([keras.Input((*[None] * (x.ndim - 2), x.shape[-1])), case.make()])
+    longer = np.concatenate([x, x], axis=1)
+    for m in (model, pack(model)):
+        if BACKEND != "tensorflow":  # where Keras' own convolutions fail without samples, too
+            assert tuple(m(x[:0]).shape) == (0, *case.output_shape[1:])
+        for inputs in (x, longer):  # so that tensorflow makes a graph for any length
+            np.testing.assert_allclose(m.predict(inputs, verbose=0), array(m(inputs)), rtol=1e-4, atol=1e-4)
+
+
+@each([Case(DenseMML, dict(units=5), (2, 8), (2, 5), 2), *CONVOLUTIONS])
+def test_packed_layers_have_no_gradient(case):
+    model = keras.Sequential([case.input(), case.make()])
+    packed, x = pack(model), ops.convert_to_tensor(case.data())
+    if BACKEND == "torch":
+        x.requires_grad_()
+        with pytest.raises(RuntimeError, match="no gradient"):
+            packed(x).sum().backward()
+    elif BACKEND == "jax":
+        import jax
+
+        with pytest.raises(Exception, match="no gradient|cannot be differentiated"):
+            jax.grad(lambda x: packed(x).sum())(x)
+    else:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(packed(x))
+        assert tape.gradient(y, x) is None
+
+
+def test_arguments_have_the_places_of_their_namesakes():
+    for ours, theirs in [(layers.Conv1DMML, keras.layers.Conv1D), (layers.Conv2DMML, keras.layers.Conv2D),
+                         (layers.DepthwiseConv2DMML, keras.layers.DepthwiseConv2D), (DenseMML, keras.layers.Dense),
+                         (MultiHeadAttentionMML, keras.layers.MultiHeadAttention)]:  # fmt: skip
+        places = [[n for n, p in inspect.signature(c.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] for c in (ours, theirs)]
+        shared = [name for name in places[0] if name in places[1]]
+        assert len(shared) > 2 and places[0][: len(shared)] == places[1][: len(shared)] == shared
+
+
+def test_layers_inside_do_not_use_up_names():
+    keras.backend.clear_session()
+    layers.Conv2DMML(2, 3), TransformerBlockMML(8, 16, 2)
+    assert keras.layers.Conv2D(2, 3).name == "conv2d" and DenseMML(2).name == "dense_mml"
+
+
 def test_twelve_blocks_train():
     keras.utils.set_random_seed(0)
     for mixer in ("gru", "softmax"):
@@ -453,6 +606,9 @@ def test_twelve_blocks_train():
         (lambda: layers.GRUMML(6)(keras.Input((3, None))), "last dimension of the inputs"),
         (lambda: layers.LRUMML(4, -1), "Received: state_dim=-1"),
         (lambda: layers.LRUMML(4, 4, r_min=0.9, r_max=0.8), "r_min <= r_max <= 1. Received: r_min=0.9, r_max=0.8"),
+        (lambda: layers.LRUMML(4, 4, r_min="a"), "Received: r_min='a', r_max=1"),
+        (lambda: layers.GRUMML(8, "tanh"), "Received: fully_mml='tanh'"),
+        (lambda: layers.GRUMML(4, num_heads=2, forget_lower_bound=[[0.1], 0.2]), "Received: forget_lower_bound=[[0.1], 0.2]"),
         (lambda: layers.LRUMML(4, 4, r_max=1.5), "Received: r_min=0, r_max=1.5"),
         (lambda: layers.LRUMML(4, 4, max_phase=-1), "Received: max_phase=-1"),
         (lambda: layers.AttentionMML(3, 8), "Received: out_dim=8, num_heads=3"),
@@ -460,6 +616,9 @@ def test_twelve_blocks_train():
         (lambda: layers.MultiHeadAttentionMML(0, 8), "Received: num_heads=0"),
         (lambda: layers.MultiHeadAttentionMML(4, 3, rotary=True), "Received: key_dim=3"),
         (lambda: layers.MultiHeadAttentionMML(4, 4, num_key_value_heads=3), "Received: num_heads=4, num_key_value_heads=3"),
+        (lambda: layers.MultiHeadAttentionMML(4, 4, max_wavelength=0), "Received: max_wavelength=0"),
+        (lambda: layers.MultiHeadAttentionMML(2, 4, rotary=True)(*[np.ones((1, 3, 5, 8))] * 2), "`rotary=True` needs queries of shape"),
+        (lambda: pack(layers.GLUMML(3)), "Only built layers can be packed"),
         (lambda: layers.MultiHeadAttentionMML(4, 4, output_shape=(2, 3)), "Received: output_shape=(2, 3)"),
         (lambda: TransformerBlockMML(8, 16, 3), "`embedding_dim` must be divisible by `num_heads`"),
         (lambda: TransformerBlockMML(8, 0, 2), "Received: ffn_dim=0"),
@@ -472,6 +631,7 @@ def test_twelve_blocks_train():
         (lambda: layers.PatchEmbedding(0, 5), "Received: num_patches=0"),
         (lambda: layers.PatchEmbedding(4, 5)(np.ones((1, 3, 9))), "made for 4 patches"),
         (lambda: layers.Patches(3)(np.ones((1, 8, 9, 1))), "Received: patch_size=3 and images of shape (8, 9, 1)"),
+        (lambda: [p(np.ones((1, n, n, 1))) for p in [layers.Patches(4)] for n in (8, 9)], "images of shape (9, 9, 1)"),
         (lambda: layers.Patches(-1), "Received: patch_size=-1"),
         (lambda: layers.Conv2DMML(-4, 3), "filters=-4"),
         (lambda: layers.Conv1DMML(4, 0), "kernel_size"),

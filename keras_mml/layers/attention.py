@@ -9,7 +9,7 @@ __all__ = ['AttentionMML', 'rotate', 'MultiHeadAttentionMML']
 import keras
 from keras import ops
 
-from .arguments import check_divides, check_positive_integers
+from .arguments import check_divides, check_one_of, check_positive_integers
 from .composed import Composed
 from .recurrent import GRUMML
 from ..quantizers import to_float32
@@ -53,20 +53,21 @@ class AttentionMML(Composed, keras.layers.Layer):
     def __init__(self, num_heads, out_dim, fully_mml=True, causal=True, forget_lower_bound=0.0, **kwargs):
         check_positive_integers(num_heads=num_heads, out_dim=out_dim)
         check_divides(dict(num_heads=num_heads), dict(out_dim=out_dim))
+        check_one_of("fully_mml", fully_mml, (True, False))
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.out_dim = out_dim
         self.fully_mml = fully_mml
         self.causal = causal
-        self.forget_lower_bound = forget_lower_bound
-        self.forward_rnn = self._recurrence("forward", return_state=causal)
-        self.backward_rnn = None if causal else self._recurrence("backward", go_backwards=True)
+        bound = dict(forget_lower_bound=forget_lower_bound)
+        self.forward_rnn = self._recurrence("forward", return_state=causal, **bound)
+        self.backward_rnn = None if causal else self._recurrence("backward", go_backwards=True, **bound)
+        self.forget_lower_bound = self.forward_rnn.cell.forget_lower_bound
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
     def _recurrence(self, name, **kwargs):
         return GRUMML(
-            self.out_dim, self.fully_mml, self.num_heads, forget_lower_bound=self.forget_lower_bound, return_sequences=True, name=name,
-            **self.options(), **kwargs,
+            self.out_dim, self.fully_mml, self.num_heads, return_sequences=True, name=name, **self.options(), **kwargs
         )  # fmt: skip
 
     def build(self, input_shape):
@@ -127,24 +128,26 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
     Args:
         num_heads: positive integer, the number of heads of the queries.
         key_dim: positive integer, the size of each head of queries and keys.
+        value_dim: positive integer, the size of each head of values; `None` for `key_dim`.
         num_key_value_heads: positive integer that divides `num_heads`, the number of heads of keys and values; `None` for as many as queries.
-        rotary: whether queries and keys are turned by their place. It needs an even `key_dim`.
-        max_wavelength: the slowest of these turns, in places per radian.
+        rotary: whether queries and keys are turned by their place. It needs an even `key_dim`, and inputs with one axis of places.
+        max_wavelength: positive number, the slowest of these turns, in places per radian.
         fully_mml: whether the output projection is ternary, too.
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits` of `DenseMML`, and all other arguments of
-            `keras.layers.MultiHeadAttention`, with its defaults: `value_dim`, `dropout`, `use_bias`, `output_shape` and so on.
+            `keras.layers.MultiHeadAttention`, with its defaults: `dropout`, `use_bias`, `output_shape`, `sliding_window` and so on.
 
     Call arguments:
         query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask: as in
             `keras.layers.MultiHeadAttention`.
-        cache: what `get_initial_cache` or the call before returned, or `None`. With one, the layer attends causally from the
-            queries to everything in the cache and to themselves; masks, dropout and scores are not available then.
+        cache: what `get_initial_cache` or the call before returned, or `None`. With one, queries of shape `(batch, length, dim)` attend
+            causally to everything in the cache and to themselves. The cache remembers which values `value_mask` and `key_mask` hide;
+            `attention_mask` and scores are not available then.
 
     Output shape:
         As in `keras.layers.MultiHeadAttention`; with a cache, a pair of the outputs and the next cache.
 
     Raises:
-        ValueError: for an invalid argument, and an odd `key_dim` with `rotary=True`.
+        ValueError: for an invalid argument, an odd `key_dim` with `rotary=True`, and what rotary positions or a cache do not go with.
 
     Example:
 
@@ -160,15 +163,20 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
     """
 
     def __init__(
-        self, num_heads, key_dim, num_key_value_heads=None, rotary=False, max_wavelength=10000, fully_mml=True, **kwargs
+        self, num_heads, key_dim, value_dim=None, *, num_key_value_heads=None, rotary=False, max_wavelength=10000, fully_mml=True, **kwargs
     ):
         check_positive_integers(num_heads=num_heads, key_dim=key_dim)
+        check_one_of("fully_mml", fully_mml, (True, False))
+        if not max_wavelength > 0:
+            raise ValueError(
+                f"Received an invalid value for `max_wavelength`, expected a positive number. Received: max_wavelength={max_wavelength!r}"
+            )
         if num_key_value_heads is not None:
             check_positive_integers(num_key_value_heads=num_key_value_heads)
             check_divides(dict(num_key_value_heads=num_key_value_heads), dict(num_heads=num_heads))
         if rotary and key_dim % 2:
             raise ValueError(f"`rotary=True` turns pairs of features and needs an even `key_dim`. Received: key_dim={key_dim}")
-        super().__init__(num_heads=num_heads, key_dim=key_dim, **kwargs)
+        super().__init__(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, **kwargs)
         if self._output_shape and len(self._output_shape) > 1:
             raise ValueError(f"`output_shape` must be one integer here. Received: output_shape={self._output_shape}")
         self.num_key_value_heads = num_key_value_heads
@@ -178,6 +186,8 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
 
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
+        if self.rotary:
+            self._check_one_axis(query_shape, "`rotary=True`")
         weights = {**self._get_common_kwargs_for_sublayer(), "use_bias": self.use_bias}
         del weights["dtype"]
         groups, width = self.num_key_value_heads or self.num_heads, self.num_heads * self.value_dim
@@ -219,20 +229,45 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
             return super().call(
                 query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask
             )
-        start, count = cache["keys"].shape[1], query.shape[1]
+        self._check_one_axis(query.shape, "A cache")
+        if attention_mask is not None or return_attention_scores:
+            raise ValueError(f"With a cache, layer '{self.name}' takes no `attention_mask` and returns no scores.")
+        gate = self._gate_dense(query) if self._use_gate else 1
+        start, count = ops.shape(cache["keys"])[1], ops.shape(query)[1]
+        visible = ops.ones(ops.shape(value)[:2], dtype="bool")
+        for mask in (value_mask, key_mask):
+            visible = visible if mask is None else ops.logical_and(visible, ops.cast(mask, "bool"))
         query, key, value = self._query_dense(query), self._key_dense(value if key is None else key), self._value_dense(value)
         query, key, value = self._split_heads(query, key, value)
         if self.rotary:
             query, key = (rotate(v, start, self.max_wavelength) for v in (query, key))
-        cache = dict(keys=ops.concatenate([cache["keys"], key], axis=1), values=ops.concatenate([cache["values"], value], axis=1))
-        seen = ops.arange(start + count)[None, None] <= ops.arange(start, start + count)[None, :, None]
-        outputs, _ = self._attend(query, cache["keys"], cache["values"], seen, training)
-        return self._output_dense(outputs), cache
+        new = dict(keys=key, values=value, visible=visible)
+        cache = {name: ops.concatenate([cache[name], part], axis=1) for name, part in new.items()}
+        ago = ops.arange(start, start + count)[:, None] - ops.arange(start + count)  # how long before each query a key was
+        seen = (ago >= 0) if self._sliding_window is None else (ago >= 0) & (ago < self._sliding_window)
+        outputs, _ = self._attend(query, cache["keys"], cache["values"], seen & cache["visible"][:, None], training)
+        return self._output_dense(outputs * gate), cache
+
+    def _check_one_axis(self, shape, what):
+        if len(shape) != 3:
+            raise ValueError(f"{what} needs queries of shape (batch, length, dim). Received: shape {tuple(shape)} in layer '{self.name}'")
 
     def get_initial_cache(self, batch_size):
-        "An empty cache: keys and values of shape `(batch_size, 0, heads, dim)`, which grow with each call."
-        shape = (batch_size, 0, self.num_key_value_heads or self.num_heads)
-        return {name: ops.zeros((*shape, dim), dtype=self.compute_dtype) for name, dim in (("keys", self.key_dim), ("values", self.value_dim))}
+        "An empty cache: keys and values of shape `(batch_size, 0, heads, dim)`, and which are visible. It grows with each call."
+        shape, heads = (batch_size, 0), self.num_key_value_heads or self.num_heads
+        return dict(
+            keys=ops.zeros((*shape, heads, self.key_dim), dtype=self.compute_dtype),
+            values=ops.zeros((*shape, heads, self.value_dim), dtype=self.compute_dtype),
+            visible=ops.ones(shape, dtype="bool"),
+        )
+
+    def compute_output_spec(self, query, value, *args, cache=None, **kwargs):
+        outputs = super().compute_output_spec(query, value, *args, **kwargs)
+        if cache is None:
+            return outputs
+        lengths = cache["keys"].shape[1], query.shape[1]
+        length = None if None in lengths else sum(lengths)
+        return outputs, {name: keras.KerasTensor((v.shape[0], length, *v.shape[2:]), v.dtype) for name, v in cache.items()}
 
     def get_config(self):
         return {

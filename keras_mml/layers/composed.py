@@ -28,7 +28,8 @@ class Composed:
 
     def __init__(self, *args, norm="rms", norm_gain=False, scale="tensor", activation_bits=8, packed=False, **kwargs):
         super().__init__(*args, **kwargs)
-        template = DenseMML(1, norm=norm, norm_gain=norm_gain, scale=scale, activation_bits=activation_bits)  # checks them
+        options = dict(norm=norm, norm_gain=norm_gain, scale=scale, activation_bits=activation_bits)
+        template = DenseMML(1, name="template", **options)  # checks them
         self.norm = norm
         self.norm_gain = norm_gain
         self.scale = template.scale
@@ -46,7 +47,7 @@ class Composed:
         "What a composed layer passes on to the composed layers inside it."
         return dict(
             norm=self.norm, norm_gain=self.norm_gain, scale=self.scale, activation_bits=self.activation_bits, packed=self.starts_packed,
-            dtype=self.dtype_policy,
+            dtype=self.dtype_policy, trainable=self.trainable,
         )  # fmt: skip
 
     def projection(self, units, ternary=True, **kwargs):
@@ -55,7 +56,7 @@ class Composed:
         kwargs = {name: _fresh(value) if name.endswith("initializer") else value for name, value in kwargs.items()}
         if ternary:
             return DenseMML(units, **self.options(), **kwargs)
-        return keras.layers.Dense(units, dtype=self.dtype_policy, **kwargs)
+        return keras.layers.Dense(units, dtype=self.dtype_policy, trainable=self.trainable, **kwargs)
 
     def get_config(self):
         return {

@@ -15,7 +15,7 @@ from .arguments import check_one_of
 from .dense import activation_quantizer_for, kernel_quantizer_for
 from .normalization import rms_normalize
 from .packed import PackableLayer
-from ..operators import packed_linear, unpack_on_device
+from ..operators import packed_linear, refuse_gradient, unpack_on_device
 from ..quantizers import to_float32
 
 # %% ../../nbs/layers/convolution.ipynb #b4b7ed93
@@ -28,10 +28,10 @@ def window_slices(
     "What each place in the window sees as the window moves."
     slices = [x]
     for axis, (width, stride, dilation) in enumerate(zip(kernel_size, strides, dilation_rate), start=1):
-        count = (x.shape[axis] - dilation * (width - 1) - 1) // stride + 1
+        count = (ops.shape(x)[axis] - dilation * (width - 1) - 1) // stride + 1
         reach = (count - 1) * stride + 1
         slices = [
-            ops.take(s, range(0), axis) if count < 1 else s[(slice(None),) * axis + (slice(start, start + reach, stride),)]
+            ops.take(s, range(0), axis) if isinstance(count, int) and count < 1 else s[(slice(None),) * axis + (slice(start, start + reach, stride),)]
             for s in slices for start in range(0, width * dilation, dilation)
         ]  # fmt: skip
     return slices
@@ -76,7 +76,7 @@ class ConvolutionMML(PackableLayer):
         if norm_gain and norm is None:
             raise ValueError('`norm_gain=True` needs `norm="rms"`: there is no normalisation to scale. Received: norm=None')
         super().__init__(activity_regularizer=activity_regularizer, packed=packed, **kwargs)
-        twin = self.twin(**geometry)
+        twin = self.twin(**geometry, name="twin")
         self.geometry = {name: getattr(twin, name) for name in geometry}
         for name, value in self.geometry.items():
             setattr(self, name, value)
@@ -139,14 +139,15 @@ class ConvolutionMML(PackableLayer):
     def _samples(self, x, geometry, training):
         "The convolution of samples of shape `(batch, *sizes, channels)`, of which each is a row."
         shape = ops.shape(x)
-        row = ops.reshape(x, (shape[0], -1))
+        flat = shape[0], math.prod(shape[1:])
+        row = ops.reshape(x, flat)
         if self.norm == "rms":
             row = rms_normalize(row)
             if self.gain is not None:
-                row = ops.reshape(ops.reshape(row, shape) * self.gain, (shape[0], -1))
+                row = ops.reshape(ops.reshape(row, shape) * self.gain, flat)
         if self.packed:
             self.check_inference(training)
-            q, scale = self.activation_quantizer.quantize(row)
+            q, scale = self.activation_quantizer.quantize(refuse_gradient(row))
             return self._packed_sums(ops.reshape(q, shape), geometry) * ops.reshape(scale, (-1,) + (1,) * (len(shape) - 1))
         x = ops.cast(ops.reshape(self.activation_quantizer(row), shape), self.compute_dtype)
         return self.convolve(x, ops.cast(self.kernel_quantizer(self.kernel), self.compute_dtype), **geometry)
@@ -169,11 +170,11 @@ class ConvolutionMML(PackableLayer):
         x = ops.pad(x, [(0, 0), ((width - 1) * dilation, 0), (0, 0)])
         windows = ops.stack(window_slices(x, self.kernel_size, self.strides, self.dilation_rate), axis=2)
         batch, steps, _, channels = ops.shape(windows)
-        outputs = self._samples(ops.reshape(windows, (-1, width, channels)), dict(strides=(1,), padding="valid", dilation_rate=(1,)), training)
+        outputs = self._samples(ops.reshape(windows, (batch * steps, width, channels)), dict(strides=(1,), padding="valid", dilation_rate=(1,)), training)
         return ops.reshape(outputs, (batch, steps, outputs.shape[-1]))
 
     def compute_output_shape(self, input_shape):
-        return self.twin(**self.geometry).compute_output_shape(input_shape)
+        return self.twin(**self.geometry, name="twin").compute_output_shape(input_shape)
 
     def get_config(self):
         return {
@@ -247,9 +248,12 @@ class Conv1DMML(FullConvolutionMML):
 
     twin = keras.layers.Conv1D
 
-    def __init__(self, filters, kernel_size, strides=1, padding="valid", data_format=None, dilation_rate=1, groups=1, **kwargs):
+    def __init__(
+        self, filters, kernel_size, strides=1, padding="valid", data_format=None, dilation_rate=1, groups=1, activation=None,
+        use_bias=True, **kwargs,
+    ):  # fmt: skip
         geometry = dict(filters=filters, kernel_size=kernel_size, strides=strides, padding=padding, data_format=data_format)
-        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, **kwargs)
+        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, activation, use_bias, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class Conv2DMML(FullConvolutionMML):
@@ -287,10 +291,11 @@ class Conv2DMML(FullConvolutionMML):
     twin = keras.layers.Conv2D
 
     def __init__(
-        self, filters, kernel_size, strides=(1, 1), padding="valid", data_format=None, dilation_rate=(1, 1), groups=1, **kwargs
-    ):
+        self, filters, kernel_size, strides=(1, 1), padding="valid", data_format=None, dilation_rate=(1, 1), groups=1, activation=None,
+        use_bias=True, **kwargs,
+    ):  # fmt: skip
         geometry = dict(filters=filters, kernel_size=kernel_size, strides=strides, padding=padding, data_format=data_format)
-        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, **kwargs)
+        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, activation, use_bias, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class DepthwiseConv2DMML(ConvolutionMML):
@@ -329,11 +334,12 @@ class DepthwiseConv2DMML(ConvolutionMML):
 
     def __init__(
         self, kernel_size, strides=(1, 1), padding="valid", depth_multiplier=1, data_format=None, dilation_rate=(1, 1),
-        depthwise_initializer="glorot_uniform", depthwise_regularizer=None, depthwise_constraint=None, **kwargs,
+        activation=None, use_bias=True, depthwise_initializer="glorot_uniform", *, depthwise_regularizer=None, depthwise_constraint=None,
+        **kwargs,
     ):  # fmt: skip
         geometry = dict(kernel_size=kernel_size, strides=strides, padding=padding, depth_multiplier=depth_multiplier)
         super().__init__(
-            {**geometry, "data_format": data_format, "dilation_rate": dilation_rate}, kernel_initializer=depthwise_initializer,
+            {**geometry, "data_format": data_format, "dilation_rate": dilation_rate}, activation, use_bias, depthwise_initializer,
             kernel_regularizer=depthwise_regularizer, kernel_constraint=depthwise_constraint, **kwargs,
         )  # fmt: skip
 

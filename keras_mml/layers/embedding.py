@@ -27,7 +27,7 @@ class TokenEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: integers from 0 to below `vocab_size`, of shape `(batch, length)`.
-        start: the place of the first token, an integer or a scalar tensor.
+        start: the place of the first token, an integer or a scalar tensor, which is not checked.
 
     Output shape:
         `(batch, length, embedding_dim)`, in the compute dtype of the layer.
@@ -48,16 +48,15 @@ class TokenEmbedding(keras.layers.Layer):
 
     def __init__(self, max_len, vocab_size, embedding_dim, with_positions=False, mask_zero=False, **kwargs):
         check_positive_integers(max_len=max_len, vocab_size=vocab_size, embedding_dim=embedding_dim)
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # half precision would round large token numbers
         self.max_len = max_len
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.with_positions = with_positions
         self.mask_zero = mask_zero
-        self.tokens = keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", dtype=self.dtype_policy)
-        self.positions = None
-        if with_positions:
-            self.positions = keras.layers.Embedding(max_len, embedding_dim, name="positions", dtype=self.dtype_policy)
+        options = dict(dtype=self.dtype_policy, trainable=self.trainable)
+        self.tokens = keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", **options)
+        self.positions = keras.layers.Embedding(max_len, embedding_dim, name="positions", **options) if with_positions else None
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -68,10 +67,10 @@ class TokenEmbedding(keras.layers.Layer):
 
     def call(self, inputs, start=0):
         length = inputs.shape[-1]
-        self._check_length(length if length is None or not isinstance(start, int) else start + length)
+        self._check_length(start + length if length is not None and isinstance(start, int) else length)
         outputs = self.tokens(inputs)
         if self.positions is not None:
-            outputs = outputs + self.positions(start + ops.arange(ops.shape(inputs)[-1], dtype="int32"))
+            outputs = outputs + self.positions(ops.cast(start, "int32") + ops.arange(ops.shape(inputs)[-1], dtype="int32"))
         return outputs
 
     def _check_length(self, length):
@@ -132,9 +131,9 @@ class Patches(keras.layers.Layer):
 
     def call(self, inputs):
         p, (_, height, width, channels) = self.patch_size, inputs.shape
-        x = ops.reshape(inputs, (-1, height // p, p, width // p, p, channels))
-        x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
-        return ops.reshape(x, (-1, *self.compute_output_shape(inputs.shape)[1:]))
+        _, *patches = self.compute_output_shape(inputs.shape)  # raises an error if the images do not fit
+        x = ops.reshape(ops.cast(inputs, self.compute_dtype), (-1, height // p, p, width // p, p, channels))
+        return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, *patches))
 
     def compute_output_shape(self, input_shape):
         batch, height, width, channels = input_shape
@@ -192,7 +191,9 @@ class PatchEmbedding(Composed, keras.layers.Layer):
         self.patches = self.projection(embedding_dim, ternary=use_mml, name="patches")
         self.positions = None
         if with_positions:
-            self.positions = keras.layers.Embedding(num_patches, embedding_dim, name="positions", dtype=self.dtype_policy)
+            self.positions = keras.layers.Embedding(
+                num_patches, embedding_dim, name="positions", dtype=self.dtype_policy, trainable=self.trainable
+            )
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
     def build(self, input_shape):

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
-from .arguments import check_divides, check_positive_integers, defined_last_dimension
+from .arguments import check_divides, check_one_of, check_positive_integers, defined_last_dimension
 from .composed import Composed
 from ..quantizers import to_float32
 
@@ -170,6 +170,7 @@ class GRUCellMML(LinearCell):
     ):
         check_positive_integers(units=units, num_heads=num_heads)
         check_divides(dict(num_heads=num_heads), dict(units=units))
+        check_one_of("fully_mml", fully_mml, (True, False))
         bounds = _bounds(forget_lower_bound, num_heads, learn_lower_bound)
         super().__init__(**kwargs)
         self.units = units
@@ -184,7 +185,7 @@ class GRUCellMML(LinearCell):
         self.bias_regularizer = regularizers.get(bias_regularizer)
         self.weights_constraint = constraints.get(weights_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
-        self.forget_lower_bound = forget_lower_bound
+        self.forget_lower_bound = np.asarray(forget_lower_bound).tolist()  # NumPy's numbers are not for configurations
         self.learn_lower_bound = learn_lower_bound
         self.bounds = np.repeat(bounds, units // num_heads).astype("float32")  # of each unit
         self.bound_logits = None
@@ -251,7 +252,10 @@ class GRUCellMML(LinearCell):
 # %% ../../nbs/layers/recurrent.ipynb #484c79ba
 def _bounds(forget_lower_bound, num_heads, learned):
     "The lower bound of each head."
-    bounds = np.asarray(forget_lower_bound)
+    try:
+        bounds = np.asarray(forget_lower_bound)
+    except ValueError:  # lists of different lengths
+        bounds = np.asarray("")
     if bounds.dtype.kind not in "fi" or bounds.shape not in ((), (num_heads,)) or not ((0 <= bounds) & (bounds < 1)).all():
         raise ValueError(
             "Received an invalid value for `forget_lower_bound`, expected a number from 0 to below 1, or one for each of the "
@@ -271,6 +275,8 @@ class GRUMML(ScanRNN):
 
     All steps are computed at once by a parallel scan, except with `unroll=True` or where the number of steps is unknown
     (as it may be in a graph of tensorflow): then one after the other, with the same result to float32 rounding.
+    In half precision, states are rounded to it between calls, and between steps that are taken one after the other: long memories
+    then differ, and want float32.
 
     Args:
         units: positive integer, the number of outputs and of states.
@@ -344,7 +350,7 @@ def cell_options(
 ):           # those that its cell wants to have, and those that the layer does
     "Which keyword arguments go where."
     names = ("norm", "norm_gain", "scale", "activation_bits", "packed")
-    options = {name: value for name, value in kwargs.items() if name in (*names, "dtype")}
+    options = {name: value for name, value in kwargs.items() if name in (*names, "dtype", "trainable")}
     return options, {name: value for name, value in kwargs.items() if name not in names}
 
 # %% ../../nbs/layers/recurrent.ipynb #42058252
@@ -385,8 +391,9 @@ class LRUCellMML(LinearCell):
 
     def __init__(self, units, state_dim, fully_mml=False, r_min=0, r_max=1, max_phase=2 * math.pi, use_bias=False, **kwargs):
         check_positive_integers(units=units, state_dim=state_dim)
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"The radii must be ordered as 0 <= r_min <= r_max <= 1. Received: r_min={r_min}, r_max={r_max}")
+        check_one_of("fully_mml", fully_mml, (True, False))
+        if not (isinstance(r_min, (int, float)) and isinstance(r_max, (int, float)) and 0 <= r_min <= r_max <= 1):
+            raise ValueError(f"The radii must be ordered as 0 <= r_min <= r_max <= 1. Received: r_min={r_min!r}, r_max={r_max!r}")
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"Received an invalid value for `max_phase`, expected an angle above 0 up to 2π. Received: max_phase={max_phase}")
         super().__init__(**kwargs)
@@ -444,6 +451,8 @@ class LRUMML(ScanRNN):
 
     All steps are computed at once by a parallel scan, except with `unroll=True` or where the number of steps is unknown
     (as it may be in a graph of tensorflow): then one after the other, with the same result to float32 rounding.
+    In half precision, states are rounded to it between calls, and between steps that are taken one after the other: long memories
+    then differ, and want float32.
 
     Args:
         units: positive integer, the number of outputs.

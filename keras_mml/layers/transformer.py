@@ -7,6 +7,8 @@ __all__ = ['TransformerBlockMML']
 
 # %% ../../nbs/layers/transformer.ipynb #12fba4b8
 import keras
+import numpy as np
+from keras import ops
 
 from .arguments import check_divides, check_fraction, check_one_of, check_positive_integers
 from .attention import AttentionMML, MultiHeadAttentionMML
@@ -63,6 +65,7 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
         check_divides(dict(num_heads=num_heads), dict(embedding_dim=embedding_dim))
         check_fraction("rate", rate)
         check_one_of("mixer", mixer, ("gru", "softmax"))
+        check_one_of("fully_mml", fully_mml, (True, False))
         super().__init__(**kwargs)
         self.embedding_dim = embedding_dim
         self.ffn_dim = ffn_dim
@@ -73,17 +76,20 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
         self.causal = causal
         self.num_key_value_heads = num_key_value_heads
         self.rotary = rotary
-        self.forget_lower_bound = forget_lower_bound
+        self.forget_lower_bound = np.asarray(forget_lower_bound).tolist()  # NumPy's numbers are not for configurations
         if mixer == "gru":
             self.mixing = AttentionMML(
                 num_heads, embedding_dim, fully_mml, causal, forget_lower_bound, name="mixing", **self.options()
             )  # fmt: skip
         else:
             self.mixing = MultiHeadAttentionMML(
-                num_heads, embedding_dim // num_heads, num_key_value_heads, rotary, fully_mml=fully_mml, name="mixing", **self.options()
-            )
+                num_heads, embedding_dim // num_heads, num_key_value_heads=num_key_value_heads, rotary=rotary, fully_mml=fully_mml,
+                name="mixing", **self.options(),
+            )  # fmt: skip
         self.thinking = SwiGLUMML(embedding_dim, intermediate_size=ffn_dim, name="thinking", **self.options())
-        self.mixing_norm, self.thinking_norm = (RMSNorm(name=f"{part}_norm", dtype=self.dtype_policy) for part in ("mixing", "thinking"))
+        self.mixing_norm, self.thinking_norm = (
+            RMSNorm(name=f"{part}_norm", dtype=self.dtype_policy, trainable=self.trainable) for part in ("mixing", "thinking")
+        )
         self.mixing_dropout, self.thinking_dropout = (keras.layers.Dropout(rate, dtype=self.dtype_policy) for _ in range(2))
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
@@ -99,6 +105,7 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: self.embedding_dim})
 
     def call(self, inputs, mask=None, cache=None, training=None):
+        inputs = ops.cast(inputs, self.compute_dtype)  # integers, too
         mixed = self._mix(self.mixing_norm(inputs), mask, cache, training)
         mixed, next_cache = (mixed, None) if cache is None else mixed
         x = inputs + self.mixing_dropout(mixed, training=training)
@@ -115,6 +122,12 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
     def get_initial_cache(self, batch_size):
         "An empty cache. That of the mixer `gru` keeps its size, that of `softmax` grows with the text."
         return self.mixing.get_initial_cache(batch_size)
+
+    def compute_output_spec(self, inputs, mask=None, cache=None, training=None):
+        outputs = keras.KerasTensor(inputs.shape, self.compute_dtype)
+        if cache is None:
+            return outputs
+        return outputs, self.mixing.compute_output_spec(*[inputs] * (1 if self.mixer == "gru" else 2), cache=cache)[1]
 
     def compute_output_shape(self, input_shape):
         return input_shape
