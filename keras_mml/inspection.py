@@ -12,6 +12,8 @@ import html
 import inspect
 import math
 import re
+import shutil
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -30,7 +32,7 @@ from .layers.embedding import PatchEmbedding, Patches, TokenEmbedding
 from .layers.gated import GLUMML
 from .layers.normalization import RMSNorm, rms_normalize
 from .layers.packed import PackableLayer
-from .layers.recurrent import GRUCellMML, LRUCellMML
+from .layers.recurrent import GRUCellMML, LRUCellMML, ScanRNN
 from .layers.transformer import TransformerBlockMML
 from .packing import packed_shape
 from .quantizers import AbsmeanTernary
@@ -86,23 +88,25 @@ class _Calls:
         signature = inspect.signature(call)
         def watched_call(*args, **kwargs):
             inputs = _shapes(list(signature.bind(*args, **kwargs).arguments.values()))
+            outer = self.times
+            if part in self.steps:  # the first step stands for all, the next ones for none
+                self.times, self.steps[part] = self.steps[part], 0
             times = self.times
-            self.times *= self.steps.get(part, 1)
-            if part in self.steps:
-                self.steps[part] = 0  # the next steps are in `times` already
             outputs = self.run(part, call, inputs, args, kwargs)
-            self.counts[part, inputs, _shapes(outputs)] += self.times
-            self.times = times
+            self.counts[part, inputs, _shapes(outputs)] += times
+            self.times = outer
             return outputs
         return watched_call
 
     def run(self, part, call, inputs, args, kwargs):
         if not isinstance(part, keras.layers.RNN):
             return call(*args, **kwargs)
-        self.steps[part.cell] = inputs[0][1]
+        times, self.steps[part.cell] = self.times, self.times * inputs[0][1]
+        if not isinstance(part, ScanRNN):
+            self.times = 0  # Keras calls stacked cells once more, to prepare dropout
         outputs = call(*args, **kwargs)
-        if self.steps.pop(part.cell):  # all steps at once, without a call of the cell: see `ScanRNN`
-            self.counts[part.cell, inputs[:1], _shapes(outputs)[:1]] += self.times
+        if self.steps.pop(part.cell):  # all steps at once, without a call of the cell
+            self.counts[part.cell, inputs[:1], _shapes(outputs)[:1]] += times
         return outputs
 
 # %% ../nbs/inspection.ipynb #88cd53c4
@@ -591,6 +595,16 @@ class Summary:
     `bytes_float32`, `bytes_int8`, `bytes_packed` (in a file), `bytes_packed_in_memory`; for each sample `operations`, a dictionary by
     kind, and its sums `multiplications`, `additions`, `energy_pj`, which are `None` where nothing is known; `complete`, whether all
     operations are known; `zeros`, their share among the trits.
+
+    Example:
+
+    ```python
+    >>> model = keras.Sequential([keras.Input((784,)), keras.layers.Dense(10)])
+    >>> total = summary(model).total
+    >>> total["multiplications"], total["additions"], total["bytes_float32"]
+    (7840, 7850, 31400)
+
+    ```
     """
 
     def __init__(self, name, rows, file_size):
@@ -620,9 +634,9 @@ class Summary:
     def __repr__(self):
         from rich import box, console
         from rich.table import Table
-        terminal = console.Console(force_jupyter=False)
-        if not terminal.is_terminal:
-            terminal = console.Console(force_jupyter=False, width=250)
+        in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # not in a notebook, nor in a file
+        width = shutil.get_terminal_size().columns if in_terminal else 250
+        terminal = console.Console(force_jupyter=False, force_terminal=False, width=width)
         table = Table(title=f"{self.name}, packed", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(_COLUMNS):
             table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
@@ -658,7 +672,7 @@ def summary(
     """
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"`summary` takes a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
-    if not model.built:
+    if not (model.built or model.weights):
         raise ValueError(f"'{model.name}' has no weights yet. Build it, or call it on a batch, first.")
     args, kwargs = _sample(model, input_shape)
     batch = keras.tree.flatten((args, kwargs))[0].shape[0]
@@ -715,11 +729,14 @@ def plot_latent_weights(
 def _draw_histogram(ax, layer):
     trits, scale = (ops.convert_to_numpy(v) for v in layer.kernel_quantizer.quantize(layer.kernel))
     weights = ops.convert_to_numpy(layer.kernel) / scale  # in units of γ, of which each output may have its own
-    edges = np.linspace(-1, 1, 81) * max(np.quantile(np.abs(weights), 0.999), 1)  # 0.5 need not be an edge: colours overlap there
+    reach = math.ceil(20 * max(np.quantile(np.abs(weights), 0.999), 1))
+    weights = np.clip(weights, -reach / 20, reach / 20)
+    edges = np.arange(-reach, reach + 1) / 20  # the thresholds are edges, so that no bar has two colours
     for trit, colour in ((-1, _RED), (0, _GREY), (1, _BLUE)):
         ax.hist(weights[trits == trit], edges, color=colour)
         share = (trits == trit).mean()
-        ax.text((trit + 1) / 2, 0.98, f"{share:.0%}", transform=ax.transAxes, color=colour, ha=("left", "center", "right")[trit + 1], va="top", fontsize=8)
+        place = dict(transform=ax.transAxes, ha=("left", "center", "right")[trit + 1], va="top")
+        ax.text((trit + 1) / 2, 0.98, f"{share:.0%}", color=colour, fontsize=8, **place)
     ax.margins(y=0.18)
     if isinstance(layer.kernel_quantizer, AbsmeanTernary):
         for threshold in (-0.5, 0.5):
@@ -732,7 +749,7 @@ def plot_trits(
     model,      # a ternary layer, or a model with some; latent or packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
 ):              # an array of the axes
-    "Ternary weights as pictures: −1 red, 0 white, +1 blue. Raises `ValueError` where there is no ternary layer, or its weights are no trits."
+    "Ternary weights as pictures: −1 red, 0 white, +1 blue. Raises `ValueError` where there is no ternary layer."
     from matplotlib.colors import ListedColormap
     found = _ternary_layers(model)
     axes = _grid(axes, len(found), (2.6, 2.6))
@@ -762,7 +779,7 @@ def _tiles(trits):
     picture = framed.transpose(2, 0, 3, 1).reshape(channels * (height + 1), filters * (width + 1))
     return np.pad(picture, [(0, 1), (0, 1)], constant_values=2)
 
-# %% ../nbs/inspection.ipynb #8933c688
+# %% ../nbs/inspection.ipynb #3c259764
 def _rounded(found, run):
     "What each ternary layer rounds while `run` runs, as a dictionary of lists of flat arrays."
     values = {path: [] for path, _ in found}
@@ -787,7 +804,7 @@ def _rounded(found, run):
         run()
     return {path: np.concatenate(arrays) for path, arrays in values.items() if arrays}
 
-# %% ../nbs/inspection.ipynb #3c259764
+# %% ../nbs/inspection.ipynb #b0fd510c
 def plot_activations(
     model,    # a model with ternary layers, latent or packed
     x,        # a batch of inputs
@@ -808,7 +825,7 @@ def plot_activations(
     ax.set_xlabel("inputs, normalised")
     return ax
 
-# %% ../nbs/inspection.ipynb #b4a6c9ba
+# %% ../nbs/inspection.ipynb #82feae9a
 def plot_costs(
     before,     # a model, or its `Summary`
     after,      # another one
@@ -828,13 +845,14 @@ def plot_costs(
         ax.spines["left"].set_visible(False)
     return axes
 
-# %% ../nbs/inspection.ipynb #f0308928
+# %% ../nbs/inspection.ipynb #f043225f
 def plot_accuracy_against_bits(
     results,         # mapping of names to pairs of a size, in bytes or bits, and an accuracy from 0 to 1
     ax=None,         # matplotlib axes; `None`: new ones
     xlabel="bytes",  # what the sizes are
 ):                   # the axes
     "A point for each model, with its name: size along the logarithmic horizontal axis, accuracy along the vertical one."
+    from matplotlib.ticker import PercentFormatter
     if ax is None:
         from matplotlib import pyplot
         _, ax = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
@@ -842,7 +860,7 @@ def plot_accuracy_against_bits(
         ax.plot(size, accuracy, "o", color=(_BLUE, _RED, _GREY)[number % 3])
         ax.annotate(name, (size, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
     ax.set_xscale("log")
-    ax.yaxis.set_major_formatter("{x:.1%}")
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.margins(0.25)
     ax.set(xlabel=xlabel, ylabel="accuracy")
     return ax
