@@ -140,14 +140,14 @@ def _sample(model, input_shape):
 def _watch(model, args, kwargs):
     "The calls that one prediction makes."
     parts = [part for _, part in _parts(model)]
-    stateful = [s for part in parts if getattr(part, "stateful", False) for s in keras.tree.flatten(getattr(part, "states", None) or [])]
-    states = [np.array(ops.convert_to_numpy(state)) for state in stateful]
+    states = keras.tree.flatten([getattr(part, "states", None) or [] for part in parts if getattr(part, "stateful", False)])
+    before = [np.array(ops.convert_to_numpy(state)) for state in states]
     calls = _Calls(parts)
     try:
         model(*args, **kwargs)
     finally:
         calls.restore()
-        for state, value in zip(stateful, states):
+        for state, value in zip(states, before):
             state.assign(value)
     return calls.counts
 
@@ -203,6 +203,7 @@ def _einsum_dense(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return _products(values, terms, layer.bias is not None) + _activation(layer.activation, values)
 
+# %% ../nbs/inspection.ipynb #526b7a15
 def _convolution(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return _products(values, math.prod(layer.kernel.shape[:-1]), layer.use_bias) + _activation(layer.activation, values)
@@ -231,7 +232,7 @@ for rule, classes in _RULES.items():
     for cls in classes:
         operations.register(cls, rule)
 
-# %% ../nbs/inspection.ipynb #827360d7
+# %% ../nbs/inspection.ipynb #fd97f645
 def _trits(layer):
     "The trits and scales of a ternary layer, or `None` for a layer that cannot be packed."
     try:
@@ -263,7 +264,7 @@ def _convolution_mml(layer, inputs, outputs):
         rounded = places * layer.kernel_size[0] * channels
     return _ternary(layer, rounded, places, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #58374cb6
+# %% ../nbs/inspection.ipynb #266b0a1b
 def _each(multiply, add, of="outputs"):
     "A rule for layers that do the same with each value."
     def rule(layer, inputs, outputs):
@@ -284,12 +285,13 @@ for name in _MOVES.split():
 for cls in (keras.Sequential, Patches):
     operations.register(cls, _nothing)
 
+# %% ../nbs/inspection.ipynb #aaab7ff1
 _EACH = {"BatchNormalization": (1, 1), "Normalization": (1, 1), "Rescaling": (1, 1), "UnitNormalization": (2, 1), "LeakyReLU": (1, 0),
          "PReLU": (1, 1), "ELU": (1, 1), "Subtract": (0, 1), "RMSNormalization": (3, 1)}  # fmt: skip
 for name, cost in _EACH.items():
     operations.register(getattr(layers, name), _each(*cost))
 
-# %% ../nbs/inspection.ipynb #266b0a1b
+# %% ../nbs/inspection.ipynb #1a5c893f
 @operations.register(layers.LayerNormalization)
 @operations.register(layers.GroupNormalization)
 def _layer_normalization(layer, inputs, outputs):
@@ -310,6 +312,7 @@ for name in ("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"):
     operations.register(getattr(layers, name), _average)
     operations.register(getattr(layers, f"Global{name}"), _average)
 
+# %% ../nbs/inspection.ipynb #d3470cf2
 @operations.register(layers.Add)
 @operations.register(layers.Average)
 @operations.register(layers.Multiply)
@@ -319,7 +322,7 @@ def _merge(layer, inputs, outputs):
         return _count(values * (len(inputs) - 1))
     return _count(values * isinstance(layer, layers.Average), values * (len(inputs) - 1))
 
-# %% ../nbs/inspection.ipynb #aaab7ff1
+# %% ../nbs/inspection.ipynb #22a1595c
 @operations.register(layers.UpSampling2D)
 def _up_sampling(layer, inputs, outputs):
     return Counter() if layer.interpolation == "nearest" else Counter(unknown=1)
@@ -336,7 +339,7 @@ def _relu(layer, inputs, outputs):
 def _softmax(layer, inputs, outputs):
     return _activation(keras.activations.softmax, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #d3470cf2
+# %% ../nbs/inspection.ipynb #1a9ae42d
 def _attend(layer, inputs, heads, key_dim, value_dim):
     query, value = inputs[:2]
     axes = getattr(layer, "_attention_axes", None) or range(1, len(query) - 1)
@@ -361,7 +364,7 @@ def _multi_head_attention_mml(layer, inputs, outputs):
     rotary = _count(2 * turned * layer.key_dim, turned * layer.key_dim) if layer.rotary else Counter()
     return rotary + _multi_head_attention(layer, inputs, outputs)
 
-# %% ../nbs/inspection.ipynb #c8bb6410
+# %% ../nbs/inspection.ipynb #f03b31f9
 @operations.register(layers.SimpleRNNCell)
 def _simple_cell(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -375,6 +378,7 @@ def _gru_cell(layer, inputs, outputs):
     gates = _activation(layer.recurrent_activation, 2 * values) + _activation(layer.activation, values)
     return products + biases + gates + _count(3 * values, 5 * values)  # r h, z h + (1 - z) h', and three sums of two products
 
+# %% ../nbs/inspection.ipynb #64743675
 @operations.register(layers.LSTMCell)
 def _lstm_cell(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -387,7 +391,7 @@ def _bidirectional(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return {"sum": _count(0, values), "mul": _count(values), "ave": _count(values, values)}.get(layer.merge_mode, Counter())
 
-# %% ../nbs/inspection.ipynb #1a9ae42d
+# %% ../nbs/inspection.ipynb #566a4c9c
 @operations.register(GRUCellMML)
 def _gru_cell_mml(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -397,6 +401,7 @@ def _gru_cell_mml(layer, inputs, outputs):
     read = math.prod(outputs[0])  # the last step only, unless it returns sequences
     return gates + recurrence + _activation(layer.recurrent_activation, values) + _count(read)
 
+# %% ../nbs/inspection.ipynb #c848bf8d
 @operations.register(LRUCellMML)
 def _lru_cell_mml(layer, inputs, outputs):
     states = math.prod(inputs[0][:-1]) * layer.state_dim  # complex numbers
@@ -418,7 +423,7 @@ operations.register(TransformerBlockMML, _each(0, 2))  # the two paths that lead
 def _embedding(layer, inputs, outputs):
     return _count(add=math.prod(outputs[0]) * layer.with_positions)
 
-# %% ../nbs/inspection.ipynb #f03b31f9
+# %% ../nbs/inspection.ipynb #cf32a000
 _NODE_COSTS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "TrueDivide": (1, 0), "Divide": (1, 0), "Square": (1, 0)}
 _NODE_MOVES = """Absolute BroadcastTo Cast Concatenate Copy ExpandDims Flip GetItem Maximum Max Min Minimum Moveaxis Negative Pad Relu
 Repeat Reshape Split Squeeze Stack Swapaxes Take Tile Transpose Where""".split()
@@ -443,7 +448,7 @@ def _operations_of(part, inputs, outputs):
         return Counter()
     return operations(part, inputs, outputs) if _has_rule(part) else Counter(unknown=1)
 
-# %% ../nbs/inspection.ipynb #566a4c9c
+# %% ../nbs/inspection.ipynb #1b5039df
 ENERGY_PJ = {  # picojoules
     "float32 multiply": 3.7,
     "float32 add": 0.9,
@@ -459,7 +464,7 @@ def energy(
     "The energy of the arithmetic alone, on a chip in 45 nm (Horowitz, ISSCC 2014)."
     return sum(ENERGY_PJ[name] * count for name, count in counts.items() if name != "unknown")
 
-# %% ../nbs/inspection.ipynb #343c243a
+# %% ../nbs/inspection.ipynb #62943f0c
 def _nbytes(weight):
     digits = re.search(r"\d+", str(weight.dtype))  # also "bfloat16", which NumPy does not know
     return math.prod(weight.shape) * (int(digits[0]) if digits else 8) // 8
@@ -490,7 +495,7 @@ def _memory(layer, weights):
 def _kernel(layer):
     return (layer.packed_kernel, layer.kernel_scale) if layer.packed else (layer.kernel,)
 
-# %% ../nbs/inspection.ipynb #3527d6b7
+# %% ../nbs/inspection.ipynb #0db82294
 def _packed_copy(model):
     "A copy with packed layers if there are any, compiled as the model is, but with a new optimizer."
     if any(not layer.packed for layer in _packable_layers(model)):
@@ -512,7 +517,7 @@ def _saved_bytes(model):
     except Exception as error:  # whatever a configuration can do wrong
         return f"not possible. {str(error).splitlines()[0]}"
 
-# %% ../nbs/inspection.ipynb #217cf276
+# %% ../nbs/inspection.ipynb #512bdb6b
 def _rows(model, counts, batch):
     seen = set()
     for path, part in _parts(model):
@@ -546,6 +551,7 @@ def _completed(row):
         "complete": "unknown" not in counts,
     }
 
+# %% ../nbs/inspection.ipynb #71b516c9
 def _total(rows):
     counts = Counter(unknown=sum(not row["complete"] for row in rows))
     for row in rows:
@@ -553,7 +559,7 @@ def _total(rows):
     sums = {key: sum(row[key] for row in rows) for key in _memory(None, [])}
     return _completed({"layer": "total", "class": "", **sums, "operations": +counts})
 
-# %% ../nbs/inspection.ipynb #5eb9cb0b
+# %% ../nbs/inspection.ipynb #87466e8a
 def _short(value, prefixes=("", "k", "M", "G", "T", "P"), unit=""):
     "Three digits: 200960 becomes `201 k`."
     step = 0
@@ -580,7 +586,34 @@ def _cell(row, key, show):
         return "?" if row[key] is None else ("" if row["complete"] else "≥ ") + show(row[key])
     return "" if row[key] is None or (key == "ternary_parameters" and not row[key]) else show(row[key])
 
-# %% ../nbs/inspection.ipynb #0db82294
+# %% ../nbs/inspection.ipynb #5e0a183c
+def _as_text(title, cells, notes):
+    from rich import box, console
+    from rich.table import Table
+    in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # not in a notebook, nor in a file
+    width = shutil.get_terminal_size().columns if in_terminal else 250
+    terminal = console.Console(force_jupyter=False, force_terminal=False, width=width)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(_COLUMNS):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for number, row in enumerate(cells, start=1):
+        table.add_row(*row, end_section=number == len(cells) - 1)
+    with terminal.capture() as captured:
+        terminal.print(table)
+        terminal.print("\n".join(notes), markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+def _as_html(cells, notes):
+    def row(tag, texts):
+        style = ["padding: 0.4em 0.35em", "padding: 0.4em 0.35em; text-align: right"]
+        texts = [html.escape(text).replace(" ", "&nbsp;") for text in texts]
+        return "<tr>" + "".join(f'<{tag} style="{style[i > 1]}">{text}</{tag}>' for i, text in enumerate(texts)) + "</tr>"
+    *body, total = cells
+    rows = "\n".join(row("td", texts) for texts in body)
+    table = f"<thead>{row('th', _COLUMNS)}</thead>\n<tbody>\n{rows}\n</tbody>\n<tfoot>{row('th', total)}</tfoot>"
+    return f'<table style="font-size: 0.82rem">\n{table}\n</table>\n' + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+
+# %% ../nbs/inspection.ipynb #94dab0d7
 class Summary:
     """What a model holds and what a prediction costs. `summary` makes it.
 
@@ -612,7 +645,10 @@ class Summary:
         self.file_size, reason = (None, file_size) if isinstance(file_size, str) else (file_size, None)
         self.saved = reason or f"{_bytes(file_size)}, the whole file"
         unknown = ", ".join(f"{row['layer']} ({row['class']})" for row in rows if not row["complete"])
-        self.notes = ["×, + and energy: for each sample, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014). packed: in a file; bits: per weight in memory."]
+        self.notes = [
+            "×, + and energy: for each sample, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014).",
+            "packed: in a file. bits: per weight, packed in memory.",
+        ]
         if unknown:
             self.notes.append(f"? and ≥: not all operations are known of {unknown}.")
 
@@ -631,36 +667,16 @@ class Summary:
     def _cells(self):
         return [[_cell(row, *how) for how in _COLUMNS.values()] for row in [*self.rows, self.total]]
 
-    def __repr__(self):
-        from rich import box, console
-        from rich.table import Table
-        in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # not in a notebook, nor in a file
-        width = shutil.get_terminal_size().columns if in_terminal else 250
-        terminal = console.Console(force_jupyter=False, force_terminal=False, width=width)
-        table = Table(title=f"{self.name}, packed", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for number, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-        for number, cells in enumerate(self._cells(), start=1):
-            table.add_row(*cells, end_section=number == len(self.rows))
-        with terminal.capture() as captured:
-            terminal.print(table)
-            terminal.print("\n".join(self._lines()), markup=False, highlight=False)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
     def _lines(self):
         return [f"saved, packed: {self.saved}", *self.notes]
 
-    def _repr_html_(self):
-        def row(tag, cells):
-            right = ' style="text-align: right"'
-            return "<tr>" + "".join(f"<{tag}{right * (i > 1)}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells)) + "</tr>"
-        *body, total = self._cells()
-        rows = "\n".join(row("td", cells) for cells in body)
-        table = f"<thead>{row('th', _COLUMNS)}</thead>\n<tbody>\n{rows}\n</tbody>\n<tfoot>{row('th', total)}</tfoot>"
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._lines())
-        return f"<table>\n{table}\n</table>\n{notes}"
+    def __repr__(self):
+        return _as_text(f"{self.name}, packed", self._cells(), self._lines())
 
-# %% ../nbs/inspection.ipynb #c4e8e1e6
+    def _repr_html_(self):
+        return _as_html(self._cells(), self._lines())
+
+# %% ../nbs/inspection.ipynb #9903750a
 def summary(
     model,             # a built Keras model of any kind, or a layer; it stays as it is
     input_shape=None,  # shape of its inputs with the batch first, or a list or dictionary of shapes, where it does not know them
@@ -679,7 +695,7 @@ def summary(
     counts = _watch(model, args, kwargs)
     return Summary(model.name, list(_rows(model, counts, batch)), _saved_bytes(model))
 
-# %% ../nbs/inspection.ipynb #42d097ec
+# %% ../nbs/inspection.ipynb #f86a8b88
 _RED, _BLUE, _GREY = "#c1443c", "#2b6cb0", "#8a94a0"
 
 def _ternary_layers(model):
@@ -708,7 +724,7 @@ def _grid(axes, count, size):
         raise ValueError(f"There are {count} pictures to draw. Received: {len(axes)} axes")
     return axes
 
-# %% ../nbs/inspection.ipynb #e3e25064
+# %% ../nbs/inspection.ipynb #98203f61
 def plot_latent_weights(
     model,      # a model or layer with ternary layers that are not packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -744,7 +760,7 @@ def _draw_histogram(ax, layer):
         ax.set_xticks([-0.5, 0, 0.5], ["−γ/2", "0", "γ/2"], fontsize=8)
     ax.set_yticks([])
 
-# %% ../nbs/inspection.ipynb #9dcec3dc
+# %% ../nbs/inspection.ipynb #b0fd510c
 def plot_trits(
     model,      # a ternary layer, or a model with some; latent or packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -779,7 +795,7 @@ def _tiles(trits):
     picture = framed.transpose(2, 0, 3, 1).reshape(channels * (height + 1), filters * (width + 1))
     return np.pad(picture, [(0, 1), (0, 1)], constant_values=2)
 
-# %% ../nbs/inspection.ipynb #3c259764
+# %% ../nbs/inspection.ipynb #f277e03a
 def _rounded(found, run):
     "What each ternary layer rounds while `run` runs, as a dictionary of lists of flat arrays."
     values = {path: [] for path, _ in found}
@@ -804,7 +820,7 @@ def _rounded(found, run):
         run()
     return {path: np.concatenate(arrays) for path, arrays in values.items() if arrays}
 
-# %% ../nbs/inspection.ipynb #b0fd510c
+# %% ../nbs/inspection.ipynb #f0308928
 def plot_activations(
     model,    # a model with ternary layers, latent or packed
     x,        # a batch of inputs
@@ -825,7 +841,7 @@ def plot_activations(
     ax.set_xlabel("inputs, normalised")
     return ax
 
-# %% ../nbs/inspection.ipynb #82feae9a
+# %% ../nbs/inspection.ipynb #f8f800b8
 def plot_costs(
     before,     # a model, or its `Summary`
     after,      # another one
@@ -845,7 +861,7 @@ def plot_costs(
         ax.spines["left"].set_visible(False)
     return axes
 
-# %% ../nbs/inspection.ipynb #f043225f
+# %% ../nbs/inspection.ipynb #e1e25688
 def plot_accuracy_against_bits(
     results,         # mapping of names to pairs of a size, in bytes or bits, and an accuracy from 0 to 1
     ax=None,         # matplotlib axes; `None`: new ones
