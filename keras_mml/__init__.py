@@ -9,3 +9,4 @@ __all__ = []
 # %% ../nbs/index.ipynb #1c4bc4f7
 from . import datasets, layers, quantizers
 from .conversion import pack
+from .inspection import summary
