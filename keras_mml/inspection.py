@@ -744,7 +744,7 @@ def plot_latent_weights(
 
 def _draw_histogram(ax, layer):
     trits, scale = (ops.convert_to_numpy(v) for v in layer.kernel_quantizer.quantize(layer.kernel))
-    weights = ops.convert_to_numpy(layer.kernel) / scale  # in units of γ, of which each output may have its own
+    weights = ops.convert_to_numpy(layer.kernel).astype(float) / scale  # in units of γ, of which each output may have its own
     reach = math.ceil(20 * max(np.quantile(np.abs(weights), 0.999), 1))
     weights = np.clip(weights, -reach / 20, reach / 20)
     edges = np.arange(-reach, reach + 1) / 20  # the thresholds are edges, so that no bar has two colours

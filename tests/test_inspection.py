@@ -26,6 +26,11 @@ from keras_mml.quantizers import StraightThroughQuantizer
 matplotlib.use("Agg")
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    keras.utils.set_random_seed(0)
+
+
 def chain(*parts, shape, **kwargs):
     return keras.Sequential([keras.Input(shape, **kwargs), *parts])
 
@@ -604,6 +609,17 @@ def test_plots_of_weights(model):
     assert plot_trits(model.get_layer("dense"), ax)[0] is ax and plot_latent_weights(model.get_layer("dense"), axes=[ax])[0] is ax
     with pytest.raises(ValueError, match="2 pictures"):
         plot_trits(model, ax)
+
+
+def test_histograms_lose_no_weight():
+    "Also not the largest ones, which stand in the last bars."
+    layer = DenseMML(5, name="dense")
+    layer.build((None, 7))
+    for number in range(20):
+        layer.kernel.assign(np.random.default_rng(number).standard_t(2, size=(7, 5)))
+        (ax,) = plot_latent_weights(layer)
+        assert sum(bar.get_height() for bars in ax.containers for bar in bars) == 35
+        matplotlib.pyplot.close("all")
 
 
 def test_plots_of_activations(model):
