@@ -7,5 +7,5 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/index.ipynb #1c4bc4f7
-from . import datasets, layers, quantizers
+from . import callbacks, datasets, layers, quantizers
 from .conversion import pack
