@@ -55,7 +55,9 @@ class BlendedQuantizer(StraightThroughQuantizer):
 def ternary_layers(
     model,  # a built Keras model
 ):          # the `PackableLayer`s inside with latent weights, nested ones included, each once
-    "The layers whose trits can change. Raises `ValueError` if there are none."
+    "The layers whose trits can change. Raises `ValueError` if there are none, and for a model without weights yet."
+    if not model.built:
+        raise ValueError(f"Model '{model.name}' has no weights yet. Call it on a batch, or build it, before `fit`.")
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
     latent = [layer for layer in layers if layer.kernel is not None]
     if not latent:
@@ -171,8 +173,8 @@ class QuantizationWarmup(keras.callbacks.Callback):
         initial: number from 0 to 1, where λ starts. With 1 nothing is blended.
 
     Raises:
-        ValueError: for an invalid argument; in `fit`, for a model without ternary layers or a packed one, and with `epochs` for data
-            of unknown length.
+        ValueError: for an invalid argument; in `fit`, for a model without ternary layers, a packed one, one that is not built (with
+            tensorflow, where `fit` builds it later), and with `epochs` for data of unknown length.
 
     Example:
 
@@ -330,7 +332,7 @@ class TritMonitor(keras.callbacks.Callback):
         plot: whether to draw them in a notebook while training. In a terminal, a warning says that nothing is drawn.
 
     Raises:
-        ValueError: in `fit`, for a model without ternary layers, or a packed one.
+        ValueError: in `fit`, for a model without ternary layers, a packed one, or one that is not built.
     """
 
     label = "share of the trits"
@@ -372,7 +374,7 @@ class SparsityMonitor(TritMonitor):
         plot: whether to draw them in a notebook while training. In a terminal, a warning says that nothing is drawn.
 
     Raises:
-        ValueError: in `fit`, for a model without ternary layers, or a packed one.
+        ValueError: in `fit`, for a model without ternary layers, a packed one, or one that is not built.
 
     Example:
 
@@ -403,7 +405,7 @@ class FlipRatio(TritMonitor):
         plot: whether to draw them in a notebook while training. In a terminal, a warning says that nothing is drawn.
 
     Raises:
-        ValueError: for an invalid argument; in `fit`, for a model without ternary layers, or a packed one.
+        ValueError: for an invalid argument; in `fit`, for a model without ternary layers, a packed one, or one that is not built.
 
     Example:
 
