@@ -25,6 +25,6 @@ def _choose_backend():
 _choose_backend()
 
 # %% ../nbs/index.ipynb #4a1dc6b6
-from . import datasets, layers, quantizers
+from . import callbacks, datasets, layers, quantizers
 from .conversion import pack, ternarize, to_dense
 from .inspection import summary

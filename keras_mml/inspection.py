@@ -646,7 +646,7 @@ class Summary:
         self.saved = reason or f"{_bytes(file_size)}, the whole file"
         unknown = ", ".join(f"{row['layer']} ({row['class']})" for row in rows if not row["complete"])
         self.notes = [
-            "×, + and energy: for each sample, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014).",
+            "×, + and energy: for each sample, packed, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014).",
             "packed: in a file. bits: per weight, packed in memory.",
         ]
         if unknown:
@@ -671,7 +671,7 @@ class Summary:
         return [f"saved, packed: {self.saved}", *self.notes]
 
     def __repr__(self):
-        return _as_text(f"{self.name}, packed", self._cells(), self._lines())
+        return _as_text(self.name, self._cells(), self._lines())
 
     def _repr_html_(self):
         return _as_html(self._cells(), self._lines())
