@@ -7,5 +7,24 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/index.ipynb #1c4bc4f7
-from . import datasets, layers, quantizers
-from .conversion import pack
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+# %% ../nbs/index.ipynb #539a8ab5
+def _choose_backend():
+    "Where no backend was chosen and Keras' default, tensorflow, is not installed, take one that is: a command line has no `export`."
+    file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
+    chosen = json.loads(file.read_text()).get("backend") if file.is_file() else None
+    installed = [name for name in ("tensorflow", "torch", "jax") if importlib.util.find_spec(name)]
+    if "keras" not in sys.modules and chosen not in installed and "tensorflow" not in installed[:1]:
+        os.environ.setdefault("KERAS_BACKEND", next(iter(installed), "tensorflow"))
+
+_choose_backend()
+
+# %% ../nbs/index.ipynb #4a1dc6b6
+from . import callbacks, datasets, layers, quantizers
+from .conversion import pack, ternarize, to_dense
+from .inspection import summary

@@ -1,0 +1,678 @@
+"""A warm-up leaves nothing behind, whatever happens while it acts; the monitors count what happened."""
+
+import csv
+import math
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_mml
+from keras_mml import callbacks, layers
+from keras_mml.callbacks import BlendedQuantizer, FlipRatio, QuantizationWarmup, SparsityMonitor, ternary_layers, trits_of
+from keras_mml.layers import DenseMML
+from keras_mml.quantizers import StraightThroughQuantizer
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(80, 12)).astype("float32")
+Y = (X @ RNG.normal(size=(12, 3)) / 4).astype("float32")
+BATCH = dict(batch_size=16, shuffle=False, verbose=0)  # five batches an epoch
+BACKEND = keras.backend.backend()
+
+
+@keras.saving.register_keras_serializable(package="test_callbacks")
+class Unchanged(StraightThroughQuantizer):
+    "A layer with it is a float layer."
+
+    def quantize(self, x):
+        return x, ops.ones(())
+
+    def get_config(self):
+        return {}
+
+
+def compiled(model, optimizer=None, **options):
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse", **options)
+    return model
+
+
+def network(layer=DenseMML, seed=0, optimizer=None, compile_options={}, **arguments):
+    keras.utils.set_random_seed(seed)
+    hidden = layer(16, activation="relu", name="hidden", **arguments)
+    model = keras.Sequential([keras.Input((12,)), hidden, layer(3, name="output", **arguments)])
+    return compiled(model, optimizer, **compile_options)
+
+
+def numpy_weights(model):
+    return [np.array(ops.convert_to_numpy(w)) for w in model.weights]
+
+
+def state(model):
+    return [np.array(ops.convert_to_numpy(v)) for v in [*model.variables, *model.optimizer.variables]]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        np.testing.assert_array_equal(a, b)
+
+
+class Amounts(keras.callbacks.Callback):
+    "Records λ in each batch."
+
+    def __init__(self, warmup):
+        super().__init__()
+        self.warmup, self.seen = warmup, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(self.warmup.amount)
+
+
+def amounts(warmup, epochs=2, model=None, **options):
+    recorder = Amounts(warmup)
+    model = model or network()
+    history = model.fit(X, Y, epochs=epochs, callbacks=[warmup, recorder], **{**BATCH, **options})
+    return recorder.seen, history.history
+
+
+# The schedule
+
+
+def test_linear():
+    seen, history = amounts(QuantizationWarmup(steps=8))
+    assert seen == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 1]
+    assert history["quantization"] == [4 / 8, 1]
+
+
+def test_cosine_and_initial():
+    seen, _ = amounts(QuantizationWarmup(steps=5, schedule="cosine", initial=0.2))
+    assert seen == pytest.approx([*(0.2 + 0.8 * (1 - math.cos(math.pi * k / 5)) / 2 for k in range(5)), 1, 1, 1, 1, 1])
+
+
+def test_a_function_as_schedule_and_epochs():
+    seen, history = amounts(QuantizationWarmup(epochs=1.2, schedule=lambda progress: progress**2))
+    assert seen == pytest.approx([0, 1 / 36, 4 / 36, 9 / 36, 16 / 36, 25 / 36, 1, 1, 1, 1])
+    assert history["quantization"] == pytest.approx([16 / 36, 1])
+
+
+def test_steps_go_on_over_several_fits():
+    model, warmup = network(), QuantizationWarmup(steps=8)
+    first, second = amounts(warmup, 1, model)[0], amounts(QuantizationWarmup(steps=8), 1, model)[0]
+    assert first + second == amounts(QuantizationWarmup(steps=8))[0]
+
+
+def test_batches_are_counted_with_accumulated_gradients():
+    model = network(optimizer=keras.optimizers.SGD(0.01, gradient_accumulation_steps=5))
+    assert amounts(QuantizationWarmup(steps=8), model=model)[0] == [k / 8 for k in range(8)] + [1, 1]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch has one step per execution")
+def test_several_steps_per_execution():
+    model = network(compile_options=dict(steps_per_execution=2))
+    seen, _ = amounts(QuantizationWarmup(steps=8), model=model)
+    assert seen == [0, 2 / 8, 4 / 8, 5 / 8, 7 / 8, 1]
+
+
+def test_data_of_unknown_length():
+    def batches():
+        for i in range(0, len(X), 16):
+            yield X[i : i + 16], Y[i : i + 16]
+
+    model, warmup = network(), QuantizationWarmup(steps=8)
+    recorder = Amounts(warmup)
+    for _ in range(2):
+        model.fit(batches(), epochs=1, verbose=0, callbacks=[warmup, recorder])
+    if BACKEND != "tensorflow":  # where the optimizer counts the batch that did not come, with and without callbacks
+        assert recorder.seen == [k / 8 for k in range(8)] + [1, 1]
+    with pytest.raises(ValueError, match="Pass `steps`"):
+        network().fit(batches(), epochs=1, verbose=0, callbacks=[QuantizationWarmup(epochs=1)])
+
+
+def test_models_whose_optimizer_does_not_count():
+    model, warmup = network(), QuantizationWarmup(steps=8)
+    recorder = Amounts(warmup)
+
+    class Forget(keras.callbacks.Callback):  # as if another optimizer had been used
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer._iterations.assign(0)
+
+    model.fit(X, Y, epochs=2, callbacks=[Forget(), warmup, recorder], **BATCH)
+    assert recorder.seen == [k / 8 for k in range(8)] + [1, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, dict(steps=3, epochs=1), dict(steps=0), dict(steps=-1), dict(steps=1.5), dict(steps=True), dict(steps="3"), dict(epochs=0),
+     dict(epochs=-0.5), dict(epochs=math.nan), dict(epochs=math.inf), dict(steps=3, schedule="quadratic"), dict(steps=3, schedule=[1]),
+     dict(steps=3, schedule=None), dict(steps=3, initial=-0.1), dict(steps=3, initial=1.1), dict(steps=3, initial="0")],
+)  # fmt: skip
+def test_invalid_arguments(arguments):
+    with pytest.raises(ValueError, match="Received"):
+        QuantizationWarmup(**arguments)
+
+
+def test_a_schedule_beyond_its_range():
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        amounts(QuantizationWarmup(steps=8, schedule=lambda progress: 1 - 2 * progress))
+
+
+@pytest.mark.parametrize("callback", [lambda: QuantizationWarmup(steps=3), FlipRatio, SparsityMonitor])
+def test_models_without_latent_ternary_weights(callback):
+    with pytest.raises(ValueError, match="no layer with a ternary kernel"):
+        network(keras.layers.Dense).fit(X, Y, callbacks=[callback()], **BATCH)
+    packed = keras_mml.pack(network())
+    with pytest.raises(ValueError, match="is packed"):
+        packed.fit(X, Y, callbacks=[callback()], **BATCH)
+
+
+def test_a_warmup_that_is_over_before_it_begins_says_so():
+    model = network()
+    model.fit(X, Y, **BATCH)
+    with pytest.warns(UserWarning, match="Compile the model again"):
+        model.fit(X, Y, callbacks=[QuantizationWarmup(steps=3)], **BATCH)
+    compiled(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert amounts(QuantizationWarmup(steps=3), 1, model)[0] == [0, 1 / 3, 2 / 3, 1, 1]
+
+
+# What is computed
+
+
+def test_zero_is_float_training():
+    ternary, dense = network(norm=None), network(keras.layers.Dense)
+    dense.set_weights(ternary.get_weights())
+    warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
+    ours = ternary.fit(X, Y, epochs=4, validation_data=(X[:32], Y[:32]), callbacks=[warmup], **BATCH).history
+    theirs = dense.fit(X, Y, epochs=4, validation_data=(X[:32], Y[:32]), **BATCH).history
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+    np.testing.assert_allclose(ours["val_loss"], theirs["val_loss"], rtol=1e-4)  # validation is blended, too
+    plain = network(norm=None).fit(X, Y, epochs=4, **BATCH).history
+    assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
+
+
+def family():
+    "Small models with all kinds of layers, made with the same options."
+    sequences = dict(input_shape=(6, 8))
+    return {
+        "gru": (lambda **o: layers.GRUMML(8, fully_mml=True, **o), sequences),
+        "lru": (lambda **o: layers.LRUMML(8, 4, **o), sequences),
+        "swiglu": (lambda **o: layers.SwiGLUMML(8, **o), sequences),
+        "transformer": (lambda **o: layers.TransformerBlockMML(8, 16, 2, rate=0.0, **o), sequences),
+        "conv": (lambda **o: layers.Conv2DMML(4, 3, **o), dict(input_shape=(6, 6, 2))),
+        "depthwise": (lambda **o: layers.DepthwiseConv2DMML(3, **o), dict(input_shape=(6, 6, 2))),
+    }
+
+
+@pytest.mark.parametrize("kind", list(family()))
+def test_zero_is_float_training_for_the_family(kind):
+    make, shapes = family()[kind]
+    x = np.random.default_rng(1).normal(size=(16, *shapes["input_shape"])).astype("float32")
+
+    def model(**options):
+        keras.utils.set_random_seed(0)
+        made = keras.Sequential([keras.Input(shapes["input_shape"]), make(**options), keras.layers.Flatten(), DenseMML(2, **options)])
+        return compiled(made)
+
+    y = np.random.default_rng(2).normal(size=(16, 2)).astype("float32")
+    ternary, floats = model(), model(scale=Unchanged(), activation_bits=Unchanged())
+    floats.set_weights(ternary.get_weights())
+    warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
+    ours = ternary.fit(x, y, epochs=3, callbacks=[warmup], batch_size=8, shuffle=False, verbose=0).history["loss"]
+    theirs = floats.fit(x, y, epochs=3, batch_size=8, shuffle=False, verbose=0).history["loss"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert not np.allclose(model().fit(x, y, epochs=3, batch_size=8, shuffle=False, verbose=0).history["loss"], theirs, rtol=1e-4)
+
+
+def test_compiled_steps_follow_the_schedule():
+    "The same as taking each step with quantizers that know its λ as a number, in functions made for that step."
+    model, by_hand = network(), network()
+    model.fit(X, Y, epochs=2, callbacks=[QuantizationWarmup(steps=8)], **BATCH)
+    own = [(layer.kernel_quantizer, layer.activation_quantizer) for layer in by_hand.layers]
+    for step in range(10):
+        amount = min(step / 8, 1.0)
+        for layer, (kernel, activation) in zip(by_hand.layers, own):
+            layer.kernel_quantizer = BlendedQuantizer(kernel, amount)
+            layer.activation_quantizer = BlendedQuantizer(activation, amount)
+        by_hand.train_function = None
+        rows = slice(step % 5 * 16, step % 5 * 16 + 16)
+        by_hand.train_on_batch(X[rows], Y[rows])
+    for ours, theirs in zip(numpy_weights(model), numpy_weights(by_hand)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    plain = network()
+    plain.fit(X, Y, epochs=2, **BATCH)
+    assert max(np.abs(a - b).max() for a, b in zip(numpy_weights(model), numpy_weights(plain))) > 1e-3
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_one_is_training_without_the_callback(eagerly):
+    warm, plain = (network(compile_options=dict(run_eagerly=eagerly)) for _ in range(2))
+    warmup = QuantizationWarmup(steps=7, initial=1.0)
+    ours = warm.fit(X, Y, epochs=3, validation_split=0.2, callbacks=[warmup], **BATCH).history
+    theirs = plain.fit(X, Y, epochs=3, validation_split=0.2, **BATCH).history
+    assert ours.pop("quantization") == [1, 1, 1]
+    assert ours == theirs
+    assert_same(state(warm), state(plain))
+
+
+def test_after_the_warmup_training_is_plain(tmp_path):
+    model = network()
+    model.fit(X, Y, epochs=2, callbacks=[QuantizationWarmup(steps=7), SaveAt(tmp_path / "m.keras", epoch=1)], **BATCH)
+    model.fit(X, Y, epochs=2, **BATCH)
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    loaded.fit(X, Y, epochs=2, **BATCH)
+    assert_same(state(loaded), state(model))
+
+
+class SaveAt(keras.callbacks.Callback):
+    def __init__(self, path, epoch, batch=None):
+        super().__init__()
+        self.path, self.epoch, self.batch, self.now = path, epoch, batch, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.now, batch) == (self.epoch, self.batch):
+            self.model.save(self.path)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch and self.batch is None:
+            self.model.save(self.path)
+
+
+def test_others_see_the_ternary_model_meanwhile():
+    seen = {}
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen["predicted"] = self.model.predict(X, verbose=0)
+            seen["called"] = ops.convert_to_numpy(self.model(X))
+            seen["packed"] = keras_mml.pack(self.model).predict(X, verbose=0)
+            seen["evaluated"] = self.model.evaluate(X, Y, verbose=0)
+            seen["weights"] = self.model.get_weights()
+            seen["blended"] = logs["val_loss"]
+
+    warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
+    model = network()
+    model.fit(X, Y, epochs=1, validation_data=(X, Y), callbacks=[warmup, Look()], **BATCH)
+    plain = network(seed=1)
+    plain.set_weights(seen["weights"])
+    expected = plain.predict(X, verbose=0)
+    for name in ("predicted", "called", "packed"):
+        np.testing.assert_allclose(seen[name], expected, rtol=1e-4, atol=1e-5)
+    assert seen["evaluated"] == pytest.approx(plain.evaluate(X, Y, verbose=0), rel=1e-5)
+    assert abs(seen["blended"] / seen["evaluated"] - 1) > 1e-3
+
+
+def test_an_evaluation_of_its_own_blends_nothing():
+    model, warmup = network(), QuantizationWarmup(steps=1000)
+    model.fit(X, Y, callbacks=[warmup], **BATCH)
+    assert warmup.amount < 1
+    assert model.evaluate(X, Y, verbose=0, callbacks=[warmup]) == model.evaluate(X, Y, verbose=0)
+
+
+def test_mixed_precision():
+    model = network(dtype="mixed_float16")
+    seen, history = amounts(QuantizationWarmup(steps=8), model=model)
+    assert seen[:5] == [k / 8 for k in range(5)] and np.isfinite(history["loss"]).all()
+
+
+def test_shared_and_nested_layers():
+    inputs = keras.Input((12,))
+    shared, inner = DenseMML(12, name="shared"), keras.Sequential([DenseMML(12, name="inner"), keras.layers.Dense(3)])
+    model = compiled(keras.Model(inputs, inner(shared(shared(inputs)))))
+    assert {layer.name for layer in ternary_layers(model)} == {"shared", "inner"} and len(ternary_layers(model)) == 2
+    own = [layer.kernel_quantizer for layer in ternary_layers(model)]
+    inside = []
+
+    class Watch(DenseMML):
+        def call(self, inputs, training=None):
+            inside.append(type(self.kernel_quantizer))
+            return super().call(inputs, training=training)
+
+    shared.__class__ = Watch
+    model.fit(X, Y, callbacks=[QuantizationWarmup(steps=100)], **BATCH)
+    assert BlendedQuantizer in inside
+    assert own == [layer.kernel_quantizer for layer in ternary_layers(model)]
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("warmup", [dict(steps=12), dict(epochs=3.5, schedule="cosine", initial=0.1)])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_training_goes_on_bit_for_bit(warmup, stop, tmp_path):
+    model = network()
+    whole = model.fit(X, Y, epochs=4, callbacks=[QuantizationWarmup(**warmup)], **BATCH).history
+    first = network()
+    first.fit(X, Y, epochs=stop, callbacks=[QuantizationWarmup(**warmup)], **BATCH)
+    first.save(tmp_path / "m.keras")
+    resumed = keras.saving.load_model(tmp_path / "m.keras")
+    rest = resumed.fit(X, Y, epochs=4, initial_epoch=stop, callbacks=[QuantizationWarmup(**warmup)], **BATCH).history
+    assert_same(state(resumed), state(model))
+    assert rest["quantization"] == whole["quantization"][stop:] and rest["loss"] == whole["loss"][stop:]
+
+
+class Stop(Exception):
+    pass
+
+
+class Raise(keras.callbacks.Callback):
+    def __init__(self, hook, error=Stop, epoch=1, batch=2):
+        super().__init__()
+        self.epoch, self.now = epoch, 0
+
+        def fail(number, logs=None):
+            if (self.now, number) == (epoch, batch) or hook.startswith("on_epoch") and number == epoch:
+                raise error("interrupted")
+
+        if hook != "on_epoch_begin":
+            self.on_epoch_begin = lambda epoch, logs=None: setattr(self, "now", epoch)
+        setattr(self, hook, fail)
+
+
+def test_backup_and_restore(tmp_path):
+    options = dict(epochs=4, **BATCH)
+    model = network()
+    model.fit(X, Y, callbacks=[QuantizationWarmup(steps=12)], **options)
+    for order in (1, -1):
+        backup = str(tmp_path / f"backup{order}")
+
+        def both(*others):
+            return [QuantizationWarmup(steps=12), keras.callbacks.BackupAndRestore(backup)][::order] + [*others]
+
+        with pytest.raises(Stop):
+            network().fit(X, Y, callbacks=both(Raise("on_train_batch_end", epoch=2)), **options)
+        resumed = network(seed=5)
+        resumed.fit(X, Y, callbacks=both(), **options)
+        assert_same(state(resumed), state(model))
+
+
+def test_checkpoints_in_the_middle_are_ternary_models(tmp_path):
+    model = network()
+    checkpoints = [
+        keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
+        keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True),
+        SaveAt(tmp_path / "batch.keras", epoch=1, batch=2),
+    ]
+    weights = []
+    keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: weights.append(model.get_weights()))
+    model.fit(X, Y, epochs=3, callbacks=[QuantizationWarmup(steps=12), *checkpoints, keep], **BATCH)
+    for epoch in (1, 2, 3):
+        expected, plain = network(seed=1), network(seed=2)
+        expected.set_weights(weights[epoch - 1])
+        loaded = keras.saving.load_model(tmp_path / f"{epoch}.keras")
+        plain.load_weights(tmp_path / f"{epoch}.weights.h5")
+        for other in (loaded, plain):
+            assert_same(numpy_weights(other), weights[epoch - 1])
+            np.testing.assert_array_equal(other.predict(X, verbose=0), expected.predict(X, verbose=0))
+    loaded = keras.saving.load_model(tmp_path / "batch.keras")
+    assert len(loaded.variables) == len(model.variables)
+    loaded.fit(X, Y, **BATCH)
+
+
+def test_the_best_weights_are_restored():
+    stopping = keras.callbacks.EarlyStopping(monitor="loss", patience=0, baseline=-1.0, restore_best_weights=True)
+    model = network()
+    model.fit(X, Y, epochs=5, callbacks=[QuantizationWarmup(steps=100), stopping], **BATCH)
+    assert stopping.stopped_epoch >= 0
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", ["on_train_batch_begin", "on_train_batch_end", "on_test_batch_begin", "on_epoch_begin", "on_epoch_end"])
+def test_an_interrupted_training_leaves_nothing(hook, error, tmp_path):
+    model = network()
+    own = [(layer.kernel_quantizer, layer.activation_quantizer) for layer in model.layers]
+    variables = [v.path for v in model.variables]
+    failing = Raise(hook, error)
+    with pytest.raises(error):
+        model.fit(X, Y, epochs=3, validation_data=(X, Y), callbacks=[QuantizationWarmup(steps=12), failing], **BATCH)
+    assert [(layer.kernel_quantizer, layer.activation_quantizer) for layer in model.layers] == own
+    assert [v.path for v in model.variables] == variables
+    model.save(tmp_path / "m.keras")
+    plain = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(model.predict(X, verbose=0), plain.predict(X, verbose=0))
+    np.testing.assert_allclose(keras_mml.pack(model).predict(X, verbose=0), plain.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+    for other in (model, plain):  # on without a warm-up
+        other.fit(X, Y, validation_data=(X, Y), **BATCH)
+    assert_same(state(model), state(plain))
+    assert model.history.history == plain.history.history
+    compiled(model)
+    assert amounts(QuantizationWarmup(steps=4), 1, model)[0] == [0, 1 / 4, 2 / 4, 3 / 4, 1]
+
+
+def test_an_error_inside_a_step_leaves_nothing():
+    class Fragile(DenseMML):
+        broken = False
+
+        def call(self, inputs, training=None):
+            if self.broken and training:
+                raise Stop("inside")
+            return super().call(inputs, training=training)
+
+    model = network(Fragile)
+    own = [(layer.kernel_quantizer, layer.activation_quantizer) for layer in model.layers]
+    variables = [v.path for v in model.variables]
+    Fragile.broken = True
+    with pytest.raises(Exception, match="inside"):
+        model.fit(X, Y, callbacks=[QuantizationWarmup(steps=12)], **BATCH)
+    Fragile.broken = False
+    assert [(layer.kernel_quantizer, layer.activation_quantizer) for layer in model.layers] == own
+    assert [v.path for v in model.variables] == variables
+    if BACKEND == "jax":  # Keras moves the weights into the step, and loses them if the first one fails, with and without callbacks
+        return
+    plain = network(Fragile)
+    plain.set_weights(model.get_weights())
+    for other in (model, plain):
+        compiled(other).fit(X, Y, **BATCH)
+    assert_same(numpy_weights(model), numpy_weights(plain))
+
+
+def test_a_model_is_packed_after_the_warmup():
+    model = network()
+    model.fit(X, Y, epochs=2, callbacks=[QuantizationWarmup(steps=7)], **BATCH)
+    np.testing.assert_allclose(keras_mml.pack(model).predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere `fit` builds the model before callbacks are called")
+@pytest.mark.parametrize("callback", [lambda: QuantizationWarmup(steps=3), FlipRatio])
+def test_models_without_weights(callback):
+    model = compiled(keras.Sequential([DenseMML(3)]))
+    with pytest.raises(ValueError, match="Call it on a batch"):
+        model.fit(X, Y, callbacks=[callback()], **BATCH)
+
+
+# The monitors
+
+
+class Change(keras.callbacks.Callback):
+    "Sets the kernels by hand at the end of each epoch, before a monitor looks."
+
+    def __init__(self, kernels):
+        super().__init__()
+        self.kernels = kernels
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, values in self.kernels.items():
+            self.model.get_layer(name).kernel.assign(np.asarray(values[epoch], "float32"))
+
+
+class Record(keras.callbacks.Callback):
+    "What a callback such as TensorBoard gets to see."
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append(dict(logs))
+
+
+def tiny():
+    "Kernels of shapes (2, 2) and (2, 1) with weights of ±2 and 0, which are their own trits times two."
+    model = keras.Sequential([keras.Input((2,)), DenseMML(2, name="a"), DenseMML(1, name="b"), keras.layers.Dense(1, name="float")])
+    compiled(model, keras.optimizers.SGD(0.0))
+    model.set_weights([np.array([[2, 0], [-2, 2]]), np.zeros(2), np.array([[2], [-2]]), np.zeros(1), np.ones((1, 1)), np.zeros(1)])
+    return model
+
+
+KERNELS = {
+    "a": [[[2, 0], [-2, 2]], [[2, -2], [0, 2]], [[2, -2], [0, -2]]],  # 0, then 2, then 1 of 4 trits change
+    "b": [[[2], [-2]], [[2], [2]], [[2], [2]]],  # 0, then 1, then 0 of 2
+}
+
+
+def run_tiny(*monitors, kernels=KERNELS, epochs=3, model=None):
+    record = Record()
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+    history = (model or tiny()).fit(x, y, epochs=epochs, verbose=0, callbacks=[Change(kernels), *monitors, record]).history
+    return record.logs, history
+
+
+def test_flips_are_counted():
+    logs, history = run_tiny(FlipRatio())
+    assert history["flip_ratio"] == pytest.approx([0, 3 / 6, 1 / 6])
+    assert history["flip_ratio/a"] == pytest.approx([0, 2 / 4, 1 / 4])
+    assert history["flip_ratio/b"] == pytest.approx([0, 1 / 2, 0])
+    assert [epoch["flip_ratio"] for epoch in logs] == history["flip_ratio"]
+    assert not any("float" in name for name in history)
+
+
+def test_shares_of_trits_are_counted():
+    logs, history = run_tiny(SparsityMonitor())
+    assert history["trits_minus/a"] == [1 / 4, 1 / 4, 2 / 4]
+    assert history["trits_zero/a"] == [1 / 4, 1 / 4, 1 / 4]
+    assert history["trits_plus/a"] == [2 / 4, 2 / 4, 1 / 4]
+    assert history["trits_minus"] == pytest.approx([2 / 6, 1 / 6, 2 / 6])
+    assert [epoch["trits_plus"] for epoch in logs] == pytest.approx([3 / 6, 4 / 6, 3 / 6])
+
+
+def test_totals_only(tmp_path):
+    path = tmp_path / "log.csv"
+    run_tiny(FlipRatio(per_layer=False), SparsityMonitor(per_layer=False), keras.callbacks.CSVLogger(str(path)))
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    assert {name for name in rows[0] if not name.startswith("val_")} == {"epoch", "loss", "flip_ratio", "trits_minus", "trits_zero", "trits_plus"}
+    assert [float(row["flip_ratio"]) for row in rows] == pytest.approx([0, 3 / 6, 1 / 6])
+
+
+def test_a_monitor_counts_anew_in_each_fit():
+    monitor = FlipRatio()
+    run_tiny(monitor)
+    assert run_tiny(monitor)[1]["flip_ratio"] == pytest.approx([0, 3 / 6, 1 / 6])
+
+
+def test_monitors_count_what_training_changes():
+    model = network()
+    before = [trits_of(layer) for layer in model.layers]
+    history = model.fit(X, Y, epochs=1, callbacks=[FlipRatio(), SparsityMonitor(), QuantizationWarmup(steps=3)], **BATCH).history
+    after = [trits_of(layer) for layer in model.layers]
+    assert after[0].dtype == np.int8
+    flips = sum((a != b).sum() for a, b in zip(after, before))
+    assert flips > 0 and history["flip_ratio"] == [flips / sum(a.size for a in after)]
+    assert history["trits_zero/hidden"] == [(after[0] == 0).mean()]
+
+
+def test_nested_layers_and_equal_names():
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.twins = [DenseMML(12, name="twin"), DenseMML(12, name="twin"), DenseMML(12, name="twin_1")]
+            self.gates = [layers.GRUMML(4, return_sequences=True), layers.GRUMML(4)]
+            self.head = keras.layers.Dense(3)
+
+        def call(self, x):
+            for twin in self.twins:
+                x = twin(x)
+            x = ops.expand_dims(x, 1)
+            for gate in self.gates:
+                x = gate(x)
+            return self.head(x)
+
+    keras.utils.set_random_seed(0)
+    model = compiled(Twins())
+    model(X[:1])
+    history = model.fit(X, Y, epochs=1, callbacks=[FlipRatio(), QuantizationWarmup(steps=3)], **BATCH).history
+    names = [name for name in history if name.startswith("flip_ratio/")]
+    assert len(names) == len(ternary_layers(model)) == 5
+    assert sum("twin" in name for name in names) == 3 and sum("input_map" in name for name in names) == 2
+
+
+# The warning
+
+
+def stall(losses, flips, **arguments):
+    "The warnings of a FlipRatio that sees these losses and ratios."
+    monitor = FlipRatio(**arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for loss, ratio in zip(losses, flips):
+            monitor._watch(ratio, loss)
+    return [str(w.message) for w in caught]
+
+
+def test_a_stall_is_reported_once():
+    (message,) = stall([1.0] * 10, [0.0] * 10, patience=3)
+    assert "higher learning rate" in message and "weight decay" in message and "3 epochs" in message
+    assert stall([1.0] * 3, [0.0] * 3, patience=3) == []  # the first epoch is the best so far
+    assert len(stall([1.0] * 4, [0.0] * 4, patience=3)) == 1
+
+
+def test_what_is_no_stall():
+    assert stall(np.linspace(1, 0.5, 10), [0.0] * 10, patience=3) == []  # the loss improves
+    assert stall([1.0] * 10, [0.01] * 10, patience=3) == []  # trits flip
+    assert stall([1.0] * 10, [0, 0, 0, 0.5, 0, 0, 0.5, 0, 0, 0.5], patience=3) == []  # now and then
+    assert stall([None] * 10, [0.0] * 10, patience=3) == []  # not measured
+    assert len(stall([1.0, 0.9999, 0.9998, 0.9997], [0.0] * 4, patience=3)) == 1  # hardly improves
+    assert stall([1.0, 0.9999, 0.9998, 0.9997], [0.0] * 4, patience=3, min_delta=0) == []
+    assert len(stall([math.nan] * 10, [0.0] * 10, patience=3)) == 1
+
+
+def test_a_stall_in_a_real_training():
+    model = network(optimizer=keras.optimizers.SGD(1e-9))
+    with pytest.warns(UserWarning, match="stalled") as caught:
+        model.fit(X, Y, epochs=6, callbacks=[FlipRatio(patience=2)], **BATCH)
+    assert sum("stalled" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("arguments", [dict(min_flips=-1), dict(min_flips=2), dict(min_delta=-1), dict(patience=0), dict(patience=1.5)])
+def test_invalid_arguments_of_the_monitor(arguments):
+    with pytest.raises(ValueError, match="Received"):
+        FlipRatio(**arguments)
+
+
+# The plot
+
+
+def test_in_a_terminal_a_plot_is_only_a_warning():
+    with pytest.warns(UserWarning, match="notebooks only"):
+        _, history = run_tiny(FlipRatio(plot=True))
+    assert history["flip_ratio"] == pytest.approx([0, 3 / 6, 1 / 6])
+
+
+def test_in_a_notebook_one_figure_is_replaced(monkeypatch):
+    pytest.importorskip("matplotlib")
+    display = pytest.importorskip("IPython.display")
+    import matplotlib.pyplot as plt
+
+    shown, updated = [], []
+
+    class Handle:
+        def update(self, figure):
+            updated.append(figure)
+
+    def show(figure, display_id):
+        assert display_id
+        shown.append(figure)
+        return Handle()
+
+    monkeypatch.setattr(callbacks, "_in_notebook", lambda: True)
+    monkeypatch.setattr(display, "display", show)
+    before = plt.get_fignums()
+    run_tiny(FlipRatio(plot=True))
+    assert len(shown) == 1 and len(updated) == 2 and plt.get_fignums() == before
+    lines = updated[-1].axes[0].lines
+    assert len(lines) == 3 and list(lines[0].get_ydata()) == pytest.approx([0, 3 / 6, 1 / 6]) and list(lines[0].get_xdata()) == [1, 2, 3]

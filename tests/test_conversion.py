@@ -1,0 +1,269 @@
+"""From float models to ternary ones and back: what is converted, with which weights, and what stays as it was."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_mml import layers as matmul_free
+from keras_mml import pack
+from keras_mml.conversion import conversion_plan, fit_scale, ternarize, to_dense
+from keras_mml.layers.packed import PackableLayer
+from keras_mml.quantizers import AbsmeanTernary
+
+BACKEND = keras.backend.backend()
+
+
+def array(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def mlp():
+    return keras.Sequential([keras.Input((12,)), layers.Dense(16, activation="relu", name="first"), layers.Dense(8, name="second"), layers.Dense(3)])
+
+
+def encoder(dim=16, length=6):
+    inputs = keras.Input((length, dim))
+    x = inputs
+    for _ in range(2):
+        h = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(2, 8)(h, h)
+        h = layers.Dense(32, activation="gelu")(layers.LayerNormalization()(x))
+        x = x + layers.EinsumDense("btc,cd->btd", (None, dim), bias_axes="d")(h)
+    return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling1D()(x)))
+
+
+def convnet():
+    inputs = keras.Input((12, 12, 3))
+    x = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu", use_bias=False)(inputs)
+    x = layers.BatchNormalization()(x)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2)(x)
+    block = keras.Sequential([keras.Input((4, 4, 16)), layers.Conv2D(8, 1, activation="relu", name="inner")], name="block")
+    return keras.Model(inputs, layers.Dense(5)(layers.Flatten()(block(x))))
+
+
+def shaken(model):
+    for i, weight in enumerate(model.trainable_weights):
+        weight.assign(weight + 0.05 * normal(*weight.shape, seed=i))
+    return model
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("shape", [(40, 7), (3, 3, 4, 7)])
+def test_the_scale_is_that_of_least_squares(scale, shape):
+    kernel, quantizer = normal(*shape) + 0.1, AbsmeanTernary(scale)
+    before, _ = (array(v) for v in quantizer.quantize(kernel))
+    trits, best = (array(v) for v in quantizer.quantize(fit_scale(kernel, quantizer)))
+    np.testing.assert_array_equal(trits, before)
+    columns, flat = kernel.reshape(-1, 7), trits.reshape(-1, 7)
+    for c in range(7) if scale == "channel" else [slice(None)]:
+        expected, *_ = np.linalg.lstsq(flat[:, c].reshape(-1, 1), columns[:, c].reshape(-1), rcond=None)
+        np.testing.assert_allclose(best.ravel()[c if scale == "channel" else 0], expected[0], rtol=1e-4)
+    assert (fit_scale(np.zeros((4, 3), "float32"), quantizer) == 0).all()
+
+
+@pytest.mark.parametrize("build, count", [(mlp, 2), (convnet, 3), (encoder, 6)])
+def test_twins_compute_what_ternary_weights_would_in_the_float_model(build, count):
+    model = shaken(build())
+    x = normal(5, *model.input_shape[1:])
+    ternary = ternarize(model, activation_bits=8, verbose=False)
+    assert sum(isinstance(layer, (PackableLayer, matmul_free.MultiHeadAttentionMML)) for layer in ternary._flatten_layers()) >= count
+    names = [[layer.name for layer in m.layers if type(layer) is not layers.InputLayer] for m in (ternary, model)]
+    assert names[0] == names[1]
+    assert type(ternary.layers[-1]) is layers.Dense
+    np.testing.assert_array_equal(array(ternary.layers[-1].kernel), array(model.layers[-1].kernel))
+    # The float model with kernels that are ternary already is kept, up to the rounding of inputs to 8 bits.
+    for row in conversion_plan(model):
+        if row.becomes:
+            parts = [p for p in row.layer._flatten_layers() if getattr(p, "kernel", None) is not None]
+            for part in parts:
+                rows = array(part.kernel)
+                flat = rows.reshape(-1, *rows.shape[-1:]) if row.becomes != "DepthwiseConv2DMML" else rows.reshape(*rows.shape[:2], -1)
+                trits, scale = (array(v) for v in AbsmeanTernary().quantize(fit_scale(flat, AbsmeanTernary())))
+                part.kernel.assign((trits * scale).reshape(rows.shape))
+    again = ternarize(model, verbose=False)
+    expected = array(model(x))
+    for copy in (ternary, again):
+        assert np.abs(array(copy(x)) - expected).max() < 0.06 * np.abs(expected).max()
+    y = np.zeros((5, model.output_shape[-1]), "float32")
+    again.compile(keras.optimizers.Adam(0.01), "mse")
+    losses = [again.train_on_batch(x, y) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    packed = pack(again)
+    assert np.median(np.abs(array(packed(x)) - array(again(x)))) < 1e-3 * np.abs(expected).max()
+
+
+def test_the_model_stays_as_it_was_and_the_copy_is_compiled_like_it(tmp_path):
+    model = mlp()
+    model.compile(keras.optimizers.SGD(0.03), "mae", metrics=["mse"])
+    before = [array(w) for w in model.weights]
+    ternary = ternarize(model, calibration=normal(32, 12), verbose=False)
+    for w, old in zip(model.weights, before):
+        np.testing.assert_array_equal(array(w), old)
+    assert type(model.layers[0]) is layers.Dense and model.layers[0].activation is keras.activations.relu
+    assert ternary.layers[0].activation is keras.activations.relu
+    x, y = normal(8, 12), normal(8, 3)
+    assert isinstance(ternary.optimizer, keras.optimizers.SGD) and set(ternary.evaluate(x, y, return_dict=True, verbose=0)) == {"loss", "mse"}
+    ternary.fit(x, y, verbose=0)
+    ternary.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(x)), array(ternary(x)))
+
+
+def test_filters_the_last_layer_and_options():
+    model = mlp()
+    names = lambda m: [type(layer).__name__ for layer in m.layers]  # noqa: E731
+    quiet = dict(verbose=False)
+    assert names(ternarize(model, **quiet)) == ["DenseMML", "DenseMML", "Dense"]
+    assert names(ternarize(model, last=True, **quiet)) == ["DenseMML"] * 3
+    assert names(ternarize(model, filters="^sec", **quiet)) == ["Dense", "DenseMML", "Dense"]
+    assert names(ternarize(model, filters=["first", "x"], **quiet)) == ["DenseMML", "Dense", "Dense"]
+    assert names(ternarize(model, filters=lambda layer: layer.units == 8, **quiet)) == ["Dense", "DenseMML", "Dense"]
+    first = ternarize(model, norm="rms", norm_gain=True, scale="channel", activation_bits=4, **quiet).layers[0]
+    assert (first.norm, first.norm_gain, first.scale, first.activation_bits) == ("rms", True, "channel", 4)
+    reasons = {row.path: row.reason for row in conversion_plan(model, filters="first")}
+    assert reasons == {"first": None, "second": "not selected by `filters`", model.layers[2].name: "the last layer"}
+
+
+def test_nested_shared_and_distributed_layers():
+    shared = layers.Dense(8, name="shared")
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, name="inside")], name="inner")
+    inputs = keras.Input((4, 12))
+    x = layers.TimeDistributed(layers.Dense(8, name="each"), name="distributed")(inputs)
+    x = shared(shared(x))
+    x = layers.TimeDistributed(inner, name="deep")(x)
+    model = keras.Model(inputs, layers.Activation("softmax")(layers.Dense(3, name="answer")(layers.Flatten()(x))))
+    plan = {row.path: row.becomes for row in conversion_plan(model)}
+    assert plan == {"distributed": "DenseMML", "shared": "DenseMML", "deep/inside": "DenseMML", "answer": None}
+    ternary = ternarize(model, verbose=False)
+    ternarized = [layer.name for layer in ternary._flatten_layers() if isinstance(layer, matmul_free.DenseMML)]
+    assert sorted(ternarized) == ["each", "inside", "shared"]
+    assert ternary.get_layer("deep").layer.layers[0] is not inner.layers[0]
+    assert len(ternary.weights) == len(model.weights)
+    x = normal(2, 4, 12)
+    assert tuple(ternary(x).shape) == (2, 3)
+
+
+def test_grouped_queries_and_recurrences():
+    inputs = keras.Input((6, 16))
+    x = layers.GroupQueryAttention(head_dim=4, num_query_heads=4, num_key_value_heads=2)(inputs, inputs)
+    x = layers.GRU(8, return_sequences=True, name="gru")(x)
+    x = layers.LSTM(8, name="lstm")(x)
+    model = shaken(keras.Model(inputs, layers.Dense(2)(x)))
+    plan = {type(row.layer).__name__: row for row in conversion_plan(model)}
+    assert plan["GroupedQueryAttention"].becomes == "MultiHeadAttentionMML" and "recurrent" in plan["GRU"].reason
+    assert plan["LSTM"].reason == "LSTM has no twin"
+    ternary = ternarize(model, recurrent=True, verbose=False)
+    gru, twin = model.get_layer("gru"), ternary.get_layer("gru")
+    trits, _ = AbsmeanTernary().quantize(twin.cell.input_map.kernel)
+    update, reset, candidate = np.split(array(gru.cell.kernel), 3, axis=-1)
+    expected, _ = AbsmeanTernary().quantize(np.concatenate([update, candidate, reset], axis=-1))
+    np.testing.assert_array_equal(array(trits), array(expected))
+    np.testing.assert_allclose(array(twin.cell.output_map.kernel_quantizer(twin.cell.output_map.kernel)), np.eye(8), atol=1e-6)
+    attention = model.layers[1]
+    x = normal(3, 6, 16)
+    again = ternarize(keras.Model(attention.input if not isinstance(attention.input, list) else attention.input[0], attention.output), last=True, verbose=False)
+    assert array(again(x)).shape == (3, 6, 16)
+    correlation = np.corrcoef(array(again(x)).ravel(), array(attention(x, x)).ravel())[0, 1]
+    assert correlation > 0.5
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+def test_calibration_brings_outputs_closer(scale):
+    model = shaken(keras.Sequential([keras.Input((32,)), *[layers.Dense(64, activation="relu") for _ in range(4)], layers.Dense(8)]))
+    x = np.maximum(normal(500, 32), 0) + 0.3
+    expected = array(model(x))
+    errors = [
+        np.square(array(ternarize(model, calibration=batch, scale=scale, verbose=False)(x)) - expected).mean() for batch in (None, x[:250])
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_mobilenet_is_converted_and_packed():
+    model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=10, alpha=0.35)
+    ternary = ternarize(model, filters=lambda layer: "depthwise" not in layer.name, verbose=False)
+    kinds = [type(layer).__name__ for layer in ternary.layers]
+    assert kinds.count("Conv2DMML") == 35 and kinds.count("DepthwiseConv2D") == 17 and kinds[-1] == "Dense"
+    everything = ternarize(model, last=True, verbose=False)
+    assert sum(isinstance(layer, PackableLayer) for layer in everything.layers) == 53
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype("float32")
+    packed = pack(everything)
+    np.testing.assert_allclose(array(packed(x)), array(everything(x)), atol=0.05)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(norm="rms", norm_gain=True, scale="channel")], ids=["plain", "normalised"])
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_back_to_standard_layers(build, options, packed, tmp_path, capsys):
+    model = ternarize(shaken(build()), verbose=False, **options)
+    for layer in model._flatten_layers():
+        if getattr(layer, "gain", None) is not None:
+            layer.gain.assign(1 + 0.1 * normal(*layer.gain.shape))
+    model = pack(model) if packed else model
+    x = normal(6, *model.input_shape[1:])
+    expected, largest = array(model(x)), np.abs(array(model(x))).max()
+    rounded = to_dense(model, quantize_inputs=True, sample=x)
+    assert "largest difference" in capsys.readouterr().out
+    difference = np.abs(array(rounded(x)) - expected)
+    assert np.median(difference) < 1e-4 * largest and difference.max() < 0.1 * largest
+    dense = to_dense(model)
+    assert all(type(layer).__module__.startswith("keras.src") for layer in dense._flatten_layers())
+    assert np.abs(array(dense(x)) - expected).max() < 0.2 * largest
+    dense.compile("sgd", "mse")
+    assert dense.trainable_weights and np.isfinite(dense.train_on_batch(x, expected))
+    rounded.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(x)), array(rounded(x)))
+
+
+class Custom(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def graph(*parts, shape=(4, 6)):
+    return keras.Sequential([keras.Input(shape), *parts])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ternarize(keras.Sequential([layers.Dense(3)])), "takes a built Sequential or functional model"),
+        (lambda: ternarize(layers.Dense(3)), "of type Dense"),
+        (lambda: ternarize(Subclassed()), "write their twins"),
+        (lambda: ternarize(graph(layers.Dense(3, name="d"))), "has nothing to convert.\n  d (Dense): stays, the last layer"),
+        (lambda: ternarize(graph(Custom(name="own"), layers.Dense(3))), "'own' makes it: use the twin in its code"),
+        (lambda: ternarize(graph(layers.EinsumDense("abc,cde->abde", (None, 2, 3))), last=True), "only projections of the last axis"),
+        (lambda: ternarize(graph(layers.Dense(3)), last=True, scale="row"), "Received: scale='row'"),
+        (lambda: ternarize(graph(layers.Dense(3)), last=True, norms=None), "norms"),
+        (lambda: ternarize(graph(layers.Dense(3)), filters=3, last=True), "`filters` must be a regular expression"),
+        (lambda: ternarize(ternarize(graph(layers.Dense(3)), last=True, verbose=False), last=True), "ternary already"),
+        (lambda: to_dense(mlp()), "has no ternary layer"),
+        (lambda: to_dense(graph(matmul_free.DenseMML(3), matmul_free.GRUMML(3))), "Received: GRUMML"),
+        (lambda: to_dense(graph(matmul_free.Conv1DMML(3, 2, padding="causal"))), "padding=\"causal\""),
+        (lambda: to_dense(keras.Sequential([keras.Input((None, 3)), matmul_free.Conv1DMML(3, 2)])), "whose size must be known"),
+        (lambda: to_dense("model"), "of type str"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_says_why(make, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        make()
+    assert message in str(error.value)
