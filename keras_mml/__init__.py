@@ -17,7 +17,10 @@ from pathlib import Path
 def _choose_backend():
     "Where no backend was chosen and Keras' default, tensorflow, is not installed, take one that is: a command line has no `export`."
     file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
-    chosen = json.loads(file.read_text()).get("backend") if file.is_file() else None
+    try:
+        chosen = json.loads(file.read_text())["backend"]
+    except (OSError, ValueError, LookupError, TypeError):  # no file, or one that Keras will ignore, too
+        chosen = None
     installed = [name for name in ("tensorflow", "torch", "jax") if importlib.util.find_spec(name)]
     if "keras" not in sys.modules and chosen not in installed and "tensorflow" not in installed[:1]:
         os.environ.setdefault("KERAS_BACKEND", next(iter(installed), "tensorflow"))
