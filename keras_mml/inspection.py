@@ -37,7 +37,8 @@ from .layers.transformer import TransformerBlockMML
 from .packing import packed_shape
 from .quantizers import AbsmeanTernary
 
-# %% ../nbs/inspection.ipynb #2d5887a6
+# %% ../nbs/inspection.ipynb #8e70aee2
+#| code-fold: true
 def _children(layer):
     nodes = [node for node in getattr(layer, "operations", []) if not isinstance(node, keras.layers.Layer)]
     softmax = getattr(layer, "_softmax", None)  # of attention, which counts it, because it does not always call it
@@ -54,7 +55,8 @@ def _parts(model):
     visit(model, "")
     return list(found.values())
 
-# %% ../nbs/inspection.ipynb #8e70aee2
+# %% ../nbs/inspection.ipynb #16ce2145
+#| code-fold: true
 def _shapes(tensors):
     return tuple(tuple(t.shape) for t in keras.tree.flatten(tensors) if hasattr(t, "shape"))
 
@@ -69,7 +71,8 @@ def _replaced(thing, name, value):
         del vars(thing)[name]
         vars(thing).update(before)
 
-# %% ../nbs/inspection.ipynb #0108d334
+# %% ../nbs/inspection.ipynb #88cd53c4
+#| code-fold: true
 class _Calls:
     "Counts how often each layer is called with each shape: `counts[layer, inputs, outputs]`."
 
@@ -109,7 +112,8 @@ class _Calls:
             self.counts[part.cell, inputs[:1], _shapes(outputs)[:1]] += times
         return outputs
 
-# %% ../nbs/inspection.ipynb #88cd53c4
+# %% ../nbs/inspection.ipynb #51832ca8
+#| code-fold: true
 def _sample(model, input_shape):
     "The arguments of a call on zeros: a tuple, and a dictionary of those with names."
     def zeros(shape, dtype="float32", batch=None):
@@ -136,7 +140,8 @@ def _sample(model, input_shape):
         zeros((None, None))
     return (), {name.removesuffix("_shape"): zeros(shape, batch=1) for name, shape in config["shapes_dict"].items() if shape}
 
-# %% ../nbs/inspection.ipynb #5716cf43
+# %% ../nbs/inspection.ipynb #4ecf90de
+#| code-fold: true
 def _watch(model, args, kwargs):
     "The calls that one prediction makes."
     parts = [part for _, part in _parts(model)]
@@ -151,7 +156,7 @@ def _watch(model, args, kwargs):
             state.assign(value)
     return calls.counts
 
-# %% ../nbs/inspection.ipynb #6f103edd
+# %% ../nbs/inspection.ipynb #2a05cd87
 def _count(multiply=0, add=0, integer_add=0):
     counts = {"float32 multiply": multiply, "float32 add": add, "int32 add": integer_add}
     return Counter({name: int(count) for name, count in counts.items() if count})
@@ -171,7 +176,8 @@ def _has_rule(layer):
     changed = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
     return cls is not object and type(layer).call is cls.call and not changed
 
-# %% ../nbs/inspection.ipynb #1a8523a5
+# %% ../nbs/inspection.ipynb #741f38d7
+#| code-fold: true
 _ACTIVATIONS = {  # multiplications and additions for each value
     "linear": (0, 0), "relu": (0, 0), "relu6": (0, 0), "tanh": (0, 0), "exponential": (0, 0), "leaky_relu": (1, 0), "sigmoid": (1, 1),
     "hard_sigmoid": (1, 1), "silu": (2, 1), "hard_silu": (2, 1), "gelu": (3, 1), "elu": (1, 1), "selu": (2, 1), "softplus": (0, 1),
@@ -190,7 +196,8 @@ def _products(values, terms, bias=False):
     "So many values, each a sum of so many products."
     return _count(values * terms, values * (terms + bool(bias)))
 
-# %% ../nbs/inspection.ipynb #741f38d7
+# %% ../nbs/inspection.ipynb #827360d7
+#| code-fold: true
 @operations.register(layers.Dense)
 def _dense(layer, inputs, outputs):
     values = math.prod(outputs[0])
@@ -203,7 +210,8 @@ def _einsum_dense(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return _products(values, terms, layer.bias is not None) + _activation(layer.activation, values)
 
-# %% ../nbs/inspection.ipynb #526b7a15
+# %% ../nbs/inspection.ipynb #fd97f645
+#| code-fold: true
 def _convolution(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return _products(values, math.prod(layer.kernel.shape[:-1]), layer.use_bias) + _activation(layer.activation, values)
@@ -232,7 +240,8 @@ for rule, classes in _RULES.items():
     for cls in classes:
         operations.register(cls, rule)
 
-# %% ../nbs/inspection.ipynb #fd97f645
+# %% ../nbs/inspection.ipynb #c7866695
+#| code-fold: true
 def _trits(layer):
     "The trits and scales of a ternary layer, or `None` for a layer that cannot be packed."
     try:
@@ -264,7 +273,8 @@ def _convolution_mml(layer, inputs, outputs):
         rounded = places * layer.kernel_size[0] * channels
     return _ternary(layer, rounded, places, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #266b0a1b
+# %% ../nbs/inspection.ipynb #1a5c893f
+#| code-fold: true
 def _each(multiply, add, of="outputs"):
     "A rule for layers that do the same with each value."
     def rule(layer, inputs, outputs):
@@ -285,13 +295,15 @@ for name in _MOVES.split():
 for cls in (keras.Sequential, Patches):
     operations.register(cls, _nothing)
 
-# %% ../nbs/inspection.ipynb #aaab7ff1
+# %% ../nbs/inspection.ipynb #d3470cf2
+#| code-fold: true
 _EACH = {"BatchNormalization": (1, 1), "Normalization": (1, 1), "Rescaling": (1, 1), "UnitNormalization": (2, 1), "LeakyReLU": (1, 0),
          "PReLU": (1, 1), "ELU": (1, 1), "Subtract": (0, 1), "RMSNormalization": (3, 1)}  # fmt: skip
 for name, cost in _EACH.items():
     operations.register(getattr(layers, name), _each(*cost))
 
-# %% ../nbs/inspection.ipynb #1a5c893f
+# %% ../nbs/inspection.ipynb #22a1595c
+#| code-fold: true
 @operations.register(layers.LayerNormalization)
 @operations.register(layers.GroupNormalization)
 def _layer_normalization(layer, inputs, outputs):
@@ -312,7 +324,8 @@ for name in ("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"):
     operations.register(getattr(layers, name), _average)
     operations.register(getattr(layers, f"Global{name}"), _average)
 
-# %% ../nbs/inspection.ipynb #d3470cf2
+# %% ../nbs/inspection.ipynb #c8bb6410
+#| code-fold: true
 @operations.register(layers.Add)
 @operations.register(layers.Average)
 @operations.register(layers.Multiply)
@@ -322,7 +335,8 @@ def _merge(layer, inputs, outputs):
         return _count(values * (len(inputs) - 1))
     return _count(values * isinstance(layer, layers.Average), values * (len(inputs) - 1))
 
-# %% ../nbs/inspection.ipynb #22a1595c
+# %% ../nbs/inspection.ipynb #1a9ae42d
+#| code-fold: true
 @operations.register(layers.UpSampling2D)
 def _up_sampling(layer, inputs, outputs):
     return Counter() if layer.interpolation == "nearest" else Counter(unknown=1)
@@ -339,7 +353,8 @@ def _relu(layer, inputs, outputs):
 def _softmax(layer, inputs, outputs):
     return _activation(keras.activations.softmax, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #1a9ae42d
+# %% ../nbs/inspection.ipynb #f03b31f9
+#| code-fold: true
 def _attend(layer, inputs, heads, key_dim, value_dim):
     query, value = inputs[:2]
     axes = getattr(layer, "_attention_axes", None) or range(1, len(query) - 1)
@@ -364,7 +379,8 @@ def _multi_head_attention_mml(layer, inputs, outputs):
     rotary = _count(2 * turned * layer.key_dim, turned * layer.key_dim) if layer.rotary else Counter()
     return rotary + _multi_head_attention(layer, inputs, outputs)
 
-# %% ../nbs/inspection.ipynb #f03b31f9
+# %% ../nbs/inspection.ipynb #566a4c9c
+#| code-fold: true
 @operations.register(layers.SimpleRNNCell)
 def _simple_cell(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -378,7 +394,8 @@ def _gru_cell(layer, inputs, outputs):
     gates = _activation(layer.recurrent_activation, 2 * values) + _activation(layer.activation, values)
     return products + biases + gates + _count(3 * values, 5 * values)  # r h, z h + (1 - z) h', and three sums of two products
 
-# %% ../nbs/inspection.ipynb #64743675
+# %% ../nbs/inspection.ipynb #c848bf8d
+#| code-fold: true
 @operations.register(layers.LSTMCell)
 def _lstm_cell(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -391,7 +408,8 @@ def _bidirectional(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return {"sum": _count(0, values), "mul": _count(values), "ave": _count(values, values)}.get(layer.merge_mode, Counter())
 
-# %% ../nbs/inspection.ipynb #566a4c9c
+# %% ../nbs/inspection.ipynb #f9055c56
+#| code-fold: true
 @operations.register(GRUCellMML)
 def _gru_cell_mml(layer, inputs, outputs):
     values = math.prod(inputs[0][:-1]) * layer.units
@@ -401,7 +419,8 @@ def _gru_cell_mml(layer, inputs, outputs):
     read = math.prod(outputs[0])  # the last step only, unless it returns sequences
     return gates + recurrence + _activation(layer.recurrent_activation, values) + _count(read)
 
-# %% ../nbs/inspection.ipynb #c848bf8d
+# %% ../nbs/inspection.ipynb #cf32a000
+#| code-fold: true
 @operations.register(LRUCellMML)
 def _lru_cell_mml(layer, inputs, outputs):
     states = math.prod(inputs[0][:-1]) * layer.state_dim  # complex numbers
@@ -423,7 +442,8 @@ operations.register(TransformerBlockMML, _each(0, 2))  # the two paths that lead
 def _embedding(layer, inputs, outputs):
     return _count(add=math.prod(outputs[0]) * layer.with_positions)
 
-# %% ../nbs/inspection.ipynb #cf32a000
+# %% ../nbs/inspection.ipynb #1b5039df
+#| code-fold: true
 _NODE_COSTS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "TrueDivide": (1, 0), "Divide": (1, 0), "Square": (1, 0)}
 _NODE_MOVES = """Absolute BroadcastTo Cast Concatenate Copy ExpandDims Flip GetItem Maximum Max Min Minimum Moveaxis Negative Pad Relu
 Repeat Reshape Split Squeeze Stack Swapaxes Take Tile Transpose Where""".split()
@@ -448,7 +468,7 @@ def _operations_of(part, inputs, outputs):
         return Counter()
     return operations(part, inputs, outputs) if _has_rule(part) else Counter(unknown=1)
 
-# %% ../nbs/inspection.ipynb #1b5039df
+# %% ../nbs/inspection.ipynb #8f362bd8
 ENERGY_PJ = {  # picojoules
     "float32 multiply": 3.7,
     "float32 add": 0.9,
@@ -464,7 +484,8 @@ def energy(
     "The energy of the arithmetic alone, on a chip in 45 nm (Horowitz, ISSCC 2014)."
     return sum(ENERGY_PJ[name] * count for name, count in counts.items() if name != "unknown")
 
-# %% ../nbs/inspection.ipynb #62943f0c
+# %% ../nbs/inspection.ipynb #163a199a
+#| code-fold: true
 def _nbytes(weight):
     digits = re.search(r"\d+", str(weight.dtype))  # also "bfloat16", which NumPy does not know
     return math.prod(weight.shape) * (int(digits[0]) if digits else 8) // 8
@@ -495,7 +516,8 @@ def _memory(layer, weights):
 def _kernel(layer):
     return (layer.packed_kernel, layer.kernel_scale) if layer.packed else (layer.kernel,)
 
-# %% ../nbs/inspection.ipynb #0db82294
+# %% ../nbs/inspection.ipynb #512bdb6b
+#| code-fold: true
 def _packed_copy(model):
     "A copy with packed layers if there are any, compiled as the model is, but with a new optimizer."
     if any(not layer.packed for layer in _packable_layers(model)):
@@ -517,7 +539,8 @@ def _saved_bytes(model):
     except Exception as error:  # whatever a configuration can do wrong
         return f"not possible. {str(error).splitlines()[0]}"
 
-# %% ../nbs/inspection.ipynb #512bdb6b
+# %% ../nbs/inspection.ipynb #3478eaa5
+#| code-fold: true
 def _rows(model, counts, batch):
     seen = set()
     for path, part in _parts(model):
@@ -551,7 +574,8 @@ def _completed(row):
         "complete": "unknown" not in counts,
     }
 
-# %% ../nbs/inspection.ipynb #71b516c9
+# %% ../nbs/inspection.ipynb #87466e8a
+#| code-fold: true
 def _total(rows):
     counts = Counter(unknown=sum(not row["complete"] for row in rows))
     for row in rows:
@@ -559,7 +583,8 @@ def _total(rows):
     sums = {key: sum(row[key] for row in rows) for key in _memory(None, [])}
     return _completed({"layer": "total", "class": "", **sums, "operations": +counts})
 
-# %% ../nbs/inspection.ipynb #87466e8a
+# %% ../nbs/inspection.ipynb #94dab0d7
+#| code-fold: true
 def _short(value, prefixes=("", "k", "M", "G", "T", "P"), unit=""):
     "Three digits: 200960 becomes `201 k`."
     step = 0
@@ -586,7 +611,8 @@ def _cell(row, key, show):
         return "?" if row[key] is None else ("" if row["complete"] else "≥ ") + show(row[key])
     return "" if row[key] is None or (key == "ternary_parameters" and not row[key]) else show(row[key])
 
-# %% ../nbs/inspection.ipynb #5e0a183c
+# %% ../nbs/inspection.ipynb #9903750a
+#| code-fold: true
 def _as_text(title, cells, notes):
     from rich import box, console
     from rich.table import Table
@@ -613,7 +639,7 @@ def _as_html(cells, notes):
     table = f"<thead>{row('th', _COLUMNS)}</thead>\n<tbody>\n{rows}\n</tbody>\n<tfoot>{row('th', total)}</tfoot>"
     return f'<table style="font-size: 0.82rem">\n{table}\n</table>\n' + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
-# %% ../nbs/inspection.ipynb #94dab0d7
+# %% ../nbs/inspection.ipynb #90ee9679
 class Summary:
     """What a model holds and what a prediction costs. `summary` makes it.
 
@@ -676,7 +702,7 @@ class Summary:
     def _repr_html_(self):
         return _as_html(self._cells(), self._lines())
 
-# %% ../nbs/inspection.ipynb #9903750a
+# %% ../nbs/inspection.ipynb #4de93320
 def summary(
     model,             # a built Keras model of any kind, or a layer; it stays as it is
     input_shape=None,  # shape of its inputs with the batch first, or a list or dictionary of shapes, where it does not know them
@@ -695,7 +721,8 @@ def summary(
     counts = _watch(model, args, kwargs)
     return Summary(model.name, list(_rows(model, counts, batch)), _saved_bytes(model))
 
-# %% ../nbs/inspection.ipynb #f86a8b88
+# %% ../nbs/inspection.ipynb #78a44c0f
+#| code-fold: true
 _RED, _BLUE, _GREY = "#c1443c", "#2b6cb0", "#8a94a0"
 
 def _ternary_layers(model):
@@ -724,7 +751,7 @@ def _grid(axes, count, size):
         raise ValueError(f"There are {count} pictures to draw. Received: {len(axes)} axes")
     return axes
 
-# %% ../nbs/inspection.ipynb #98203f61
+# %% ../nbs/inspection.ipynb #8933c688
 def plot_latent_weights(
     model,      # a model or layer with ternary layers that are not packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -760,7 +787,7 @@ def _draw_histogram(ax, layer):
         ax.set_xticks([-0.5, 0, 0.5], ["−γ/2", "0", "γ/2"], fontsize=8)
     ax.set_yticks([])
 
-# %% ../nbs/inspection.ipynb #b0fd510c
+# %% ../nbs/inspection.ipynb #c262e6fb
 def plot_trits(
     model,      # a ternary layer, or a model with some; latent or packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -795,7 +822,8 @@ def _tiles(trits):
     picture = framed.transpose(2, 0, 3, 1).reshape(channels * (height + 1), filters * (width + 1))
     return np.pad(picture, [(0, 1), (0, 1)], constant_values=2)
 
-# %% ../nbs/inspection.ipynb #f277e03a
+# %% ../nbs/inspection.ipynb #f043225f
+#| code-fold: true
 def _rounded(found, run):
     "What each ternary layer rounds while `run` runs, as a dictionary of lists of flat arrays."
     values = {path: [] for path, _ in found}
@@ -820,7 +848,7 @@ def _rounded(found, run):
         run()
     return {path: np.concatenate(arrays) for path, arrays in values.items() if arrays}
 
-# %% ../nbs/inspection.ipynb #f0308928
+# %% ../nbs/inspection.ipynb #fe7a9966
 def plot_activations(
     model,    # a model with ternary layers, latent or packed
     x,        # a batch of inputs
@@ -841,7 +869,7 @@ def plot_activations(
     ax.set_xlabel("inputs, normalised")
     return ax
 
-# %% ../nbs/inspection.ipynb #f8f800b8
+# %% ../nbs/inspection.ipynb #a22d4276
 def plot_costs(
     before,     # a model, or its `Summary`
     after,      # another one
@@ -861,7 +889,7 @@ def plot_costs(
         ax.spines["left"].set_visible(False)
     return axes
 
-# %% ../nbs/inspection.ipynb #e1e25688
+# %% ../nbs/inspection.ipynb #7c709d5d
 def plot_accuracy_against_bits(
     results,         # mapping of names to pairs of a size, in bytes or bits, and an accuracy from 0 to 1
     ax=None,         # matplotlib axes; `None`: new ones
