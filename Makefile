@@ -42,7 +42,7 @@ test: setup ## run the notebooks, the docstring examples and tests/ on torch
 	@echo "→ notebooks"
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(or_stop)
 	@echo "→ docstring examples and tests/ on $(KERAS_BACKEND)"
-	@$(BIN)/python -m pytest --doctest-modules keras_mml tests $(or_stop)
+	@$(BIN)/python -m pytest -n 2 --doctest-modules keras_mml tests $(or_stop)
 
 test-backends: test-on-jax test-on-tensorflow ## run the library's notebooks and tests/ on jax and tensorflow
 test-on-%: .venv/.ready-backends

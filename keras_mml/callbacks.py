@@ -158,9 +158,9 @@ class QuantizationWarmup(keras.callbacks.Callback):
     For the first batches, every ternary layer computes with `v + λ (Q(v) - v)` in the place of the quantised `Q(v)`, for its
     kernel and for its inputs, while λ grows from `initial` to 1. After that, training is what it is without the callback.
 
-    λ follows the count of steps that the optimizer keeps and that is saved with the model: `fit` with `initial_epoch` goes on where a saved
-    model stopped, and a model starts from the beginning when it is compiled again. It is written to the logs as `quantization`, of the last
-    batch of each epoch.
+    λ follows the count of steps that the optimizer keeps and that is saved with the model: `fit` with `initial_epoch` goes on where
+    a saved model stopped, and a model starts from the beginning when it is compiled again. The λ of the last batch of each
+    epoch is written to the logs as `quantization`.
 
     Only the training steps of `fit`, and its validation, compute blended values. What else uses the model meanwhile sees
     the ternary one: `model.predict`, `model.evaluate`, `model.save` and `keras_mml.pack` called by other callbacks.
@@ -426,7 +426,7 @@ class FlipRatio(TritMonitor):
         if not isinstance(min_flips, (int, float)) or not 0 <= min_flips <= 1:
             raise ValueError(f"Received an invalid value for `min_flips`, expected a number from 0 to 1. Received: min_flips={min_flips!r}")
         if not isinstance(min_delta, (int, float)) or not min_delta >= 0:
-            raise ValueError(f"Received an invalid value for `min_delta`, expected a non-negative number. Received: min_delta={min_delta!r}")
+            raise ValueError(f"Received an invalid value for `min_delta`, expected a number from 0 on. Received: min_delta={min_delta!r}")
         check_positive_integers(patience=patience)
         self.min_flips = min_flips
         self.patience = patience
