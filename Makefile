@@ -10,6 +10,10 @@ export PYTHON
 export KERAS_BACKEND ?= torch
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export JUPYTER_PLATFORM_DIRS := 1
+# jax keeps what it compiled, however quickly that went: most of its tests' time is compilation
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/_build/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
 

@@ -11,9 +11,10 @@ from keras_mml import quantizers
 from keras_mml.quantizers import SCALE_EPSILON, AbsmaxInt, AbsmeanTernary, absmax_int, absmean_ternary
 from keras_mml.testing import gradients
 
+# A few shapes, because jax compiles anew for each
 matrices = hnp.arrays(
     np.float32,
-    hnp.array_shapes(min_dims=2, max_dims=3, max_side=9),
+    st.sampled_from([(1, 1), (1, 9), (9, 1), (2, 3), (8, 5), (1, 1, 1), (3, 1, 2), (2, 4, 7)]),
     elements=st.floats(-1e4, 1e4, width=32),
 )
 
