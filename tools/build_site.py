@@ -66,6 +66,8 @@ def relative_links(text, up):
 def documentation(markdown):
     "What nbdev shows of a public name, in Keras' manner: classes called so, no guessed types, docstring sections as lists."
     markdown = re.sub(r"^(def) (?=[A-Z]\w*\()", "class ", markdown, flags=re.M)
+    # nbdev links names in the comments of a signature, too, where a link is only its characters
+    markdown = re.sub(r"^```.*?^```", lambda code: re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", code[0]), markdown, flags=re.M | re.S)
     markdown = re.sub(r"(\w+):(?:NoneType|bool|str|int|float)=", r"\1=", markdown)
     lines, item = [], re.compile(r"^    (`?[\w*]+`?(?:,\s+`?[\w*]+`?)*,?): (.*)")
     section = None
