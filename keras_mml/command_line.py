@@ -8,7 +8,9 @@ __all__ = ['Failure', 'load', 'info', 'pack_file', 'bench', 'parser', 'main']
 # %% ../nbs/command_line.ipynb #cce28f06
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+import keras_mml
 from .conversion import pack
 from .inspection import summary
 from .layers.packed import PackableLayer
@@ -31,22 +34,29 @@ class Failure(Exception):
 def load(path):
     "The model in a file, not compiled. Raises `Failure`."
     path = Path(path)
-    if not path.is_file():
-        raise Failure(f"{path}: there is no such file")
-    if not zipfile.is_zipfile(path):
+    try:
+        with path.open("rb") as file:
+            is_archive = zipfile.is_zipfile(file)
+    except OSError as error:  # missing, a directory, not readable
+        raise Failure(f"{path}: {error.strerror}") from error
+    if not is_archive:
         raise Failure(f"{path}: not a .keras file. Models are written by `model.save(\"name.keras\")`")
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # whatever a damaged or foreign file makes Keras say
-        raise Failure(f"{path}: could not be loaded. {_first_line(error)}") from error
+        raise Failure(f"{path}: could not be loaded. {_reason(error)}") from error
 
-def _first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error):
+    "What an error says, in one line and without the frame that Keras puts around what a layer raises."
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(text)).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Exception encountered when calling")), type(error).__name__)
 
 # %% ../nbs/command_line.ipynb #c7776a45
 def info(arguments):
     "What a file holds: layers, bytes, operations."
     model = load(arguments.file)
+    _check_shape(model, arguments)
     result = summary(model, input_shape=arguments.shape and (1, *arguments.shape))
     return {"file": arguments.file, "bytes": Path(arguments.file).stat().st_size, **result.to_dict()}, repr(result)
 
@@ -58,11 +68,7 @@ def pack_file(arguments):
         raise Failure(f"{target}: the name of the new file must end in .keras")
     if target.exists() and not arguments.force:
         raise Failure(f"{target}: exists already. Add --force to replace it")
-    try:
-        packed = pack(load(source))
-    except ValueError as error:
-        raise Failure(f"{source}: {_first_line(error)}") from error
-    _save(packed, target)
+    _save(pack(load(source)), target)
     before, after = source.stat().st_size, target.stat().st_size
     result = {"input": str(source), "output": str(target), "bytes_before": before, "bytes_after": after}
     return result, f"{source} {before:,} bytes → {target} {after:,} bytes, {before / after:.1f}x smaller"
@@ -79,6 +85,7 @@ def _save(model, target):
 def bench(arguments):
     "How fast the model in a file predicts, and its packed copy, if it has one."
     model = load(arguments.file)
+    _check_shape(model, arguments)
     models = {"model": model}
     ternary = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
     if any(not layer.packed for layer in ternary):
@@ -89,15 +96,24 @@ def bench(arguments):
     note = {"backend": keras.backend.backend(), "packed": bool(ternary) and all(layer.packed for layer in ternary)}
     return {"file": arguments.file, **note, "seconds": rows}, "\n".join([*lines, f"medians, on {note['backend']}"])
 
+def _check_shape(model, arguments):
+    "`--shape` is needed where the one input of the model has open sizes."
+    inputs = getattr(model, "inputs", None) or []
+    is_open = any(None in tensor.shape[1:] for tensor in inputs)
+    if len(inputs) > 1 and (arguments.shape or is_open):
+        raise Failure(f"{arguments.file}: --shape is for models with one input, and this one has {len(inputs)}. In Python, `keras_mml.summary` takes several")
+    if is_open and not arguments.shape:
+        raise Failure(f"{arguments.file}: the model takes inputs of shape {tuple(inputs[0].shape[1:])}. Say which with --shape, such as --shape 28,28,1")
+
 def _inputs(model, batch, shape):
     "A batch for the model: normal numbers, zeros where it wants integers."
     rng = np.random.default_rng(0)
 
     def batch_for(tensor):
-        size = tuple(shape) if shape else tuple(tensor.shape[1:])
-        if None in size:
-            raise Failure(f"The model takes inputs of shape {size}. Say which with --shape, such as --shape 28,28,1")
+        size = shape or tensor.shape[1:]
         kind = keras.backend.standardize_dtype(tensor.dtype)
+        if kind == "string":
+            raise Failure("The model takes texts, for which there are no inputs here")
         return rng.normal(size=(batch, *size)).astype(kind) if "float" in kind else np.zeros((batch, *size), kind)
 
     if not getattr(model, "inputs", None):
@@ -110,7 +126,7 @@ def _medians(models, inputs, seconds):
     for model in models.values():
         model.predict_on_batch(inputs)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[name]) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, model in models.items():
             start = time.perf_counter()
             model.predict_on_batch(inputs)
@@ -139,7 +155,8 @@ def parser():
     command = add("bench", bench, "Measure predictions.", file)
     command.add_argument("--shape", **shape)
     command.add_argument("--batch", type=_integers, default=[1, 32, 256], help="batch sizes, such as 1,32")
-    command.add_argument("--seconds", type=float, default=1.0, help="time for each batch size")
+    command.add_argument("--seconds", type=_seconds, default=1.0, help="time for each batch size")
+    top.add_argument("--version", action="version", version=f"keras-mml {keras_mml.__version__}")
     return top
 
 def _integers(text):
@@ -148,13 +165,25 @@ def _integers(text):
         raise ValueError(text)
     return numbers
 
+def _seconds(text):
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError(text)
+    return number
+
 def main(argv=None):
     "Run a command and return its exit code."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has no × shows a ? instead
+            stream.reconfigure(errors="replace")
     arguments = parser().parse_args(argv)
     try:
         result, text = arguments.run(arguments)
-    except (Failure, ValueError) as error:
-        print(f"keras-mml: {_first_line(error)}", file=sys.stderr)
+    except Failure as failure:
+        print(f"keras-mml: {failure}", file=sys.stderr)
+        return 1
+    except Exception as error:  # what Keras or a backend says of a model, or of inputs that it cannot take
+        print(f"keras-mml: {getattr(arguments, 'file', None) or arguments.input}: {_reason(error)}", file=sys.stderr)
         return 1
     print(json.dumps(result, indent=1) if arguments.json else text)
     return 0

@@ -10,8 +10,10 @@ __all__ = ['ATTENTION', 'CONSTANTS', 'TWINS', 'Conversion', 'STANDARD', 'OURS', 
 import inspect
 import math
 import re
+import tempfile
 import warnings
 from collections import namedtuple
+from contextlib import contextmanager
 
 import keras
 import numpy as np
@@ -23,39 +25,50 @@ from .layers.packed import PackableLayer
 from .quantizers import NORM_EPSILON, AbsmaxInt
 
 # %% ../nbs/conversion.ipynb #a8bfb915
-def _copy(model):
-    "A model or layer of the same configuration and weights, not compiled."
-    try:
-        copy = _fresh(model)
-    except (NotImplementedError, TypeError) as error:
-        raise ValueError(
-            f"'{model.name}' could not be copied, because it cannot be made again from its configuration. Implement its "
-            f"`get_config`, or pack the model itself with `pack(model, in_place=True)`. {error}"
-        ) from error
+def _copy(model, replace=lambda layer: None):
+    "The same model or layer with the same state, not compiled, and with other layers where `replace` returns one."
+    made = {}
+
+    def fresh(layer):
+        if id(layer) not in made:
+            new = replace(layer)
+            made[id(layer)] = layer, new or _fresh(layer, fresh), new is None
+        return made[id(layer)][1]
+
+    copy = fresh(model)
     _build_like(copy, model)
-    shapes = [[tuple(w.shape) for w in m.weights] for m in (copy, model)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"'{model.name}' could not be copied: made again from its configuration, it has other weights. Check its `get_config` "
-            "and `build`, or, if a layer is used by it and by a model inside it, which Keras clones twice, pack the model itself with "
-            f"`pack(model, in_place=True)`. Received weights of shapes {shapes[1]}, and in the copy {shapes[0]}"
-        )
-    copy.set_weights(model.get_weights())
+    for layer, new, same in made.values():
+        if same and isinstance(layer, layers.Layer) and not _is_graph(layer):  # and not an operation, such as `x + y`
+            _carry_state(layer, new)
     return copy
 
-def _fresh(layer):
-    "The same model or layer, with new weights."
+def _fresh(layer, fresh):
+    "The same model or layer, with new weights; `fresh` makes the layers inside."
     if _is_graph(layer):
-        return _clone(layer, _fresh)
-    config = layer.get_config()
-    parameters = inspect.signature(type(layer).__init__).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):  # Keras adds `name`, `trainable` and `dtype` in any case
-        config = {name: value for name, value in config.items() if name in {p.name for p in parameters}}
-    return type(layer).from_config(config)
+        return _clone(layer, fresh)
+    try:
+        config = layer.get_config()
+        if type(layer) is layers.TimeDistributed:
+            return layers.TimeDistributed(fresh(layer.layer), **{name: value for name, value in config.items() if name != "layer"})
+        if type(layer) is layers.Lambda:  # its functions need not go through a file
+            return layers.Lambda(**{**config, "function": layer.function, "mask": layer.mask, "output_shape": layer._output_shape})
+        parameters = inspect.signature(type(layer).__init__).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):  # Keras adds `name`, `trainable` and `dtype` in any case
+            config = {name: value for name, value in config.items() if name in {p.name for p in parameters}}
+        return type(layer).from_config(config)
+    except (NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"'{layer.name}' could not be copied, because it cannot be made again from its configuration. Implement the "
+            f"`get_config` of `{type(layer).__name__}`, or pack the model itself with `pack(model, in_place=True)`. "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
 
 def _is_graph(layer):
-    "Whether it is a model whose layers Keras knows: Sequential or functional."
-    return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+    "Whether it is a model that is made from its layers: Sequential or functional, and no subclass that makes them itself."
+    if not isinstance(layer, keras.Sequential) and not (isinstance(layer, keras.Model) and hasattr(layer, "operations")):
+        return False
+    _, first, *_ = inspect.signature(type(layer).__init__).parameters.values()
+    return first.name in ("layers", "inputs") or first.kind is first.VAR_POSITIONAL
 
 def _clone(model, function):
     compiled, model.compiled = model.compiled, False  # or the clone would be compiled, too, which we do later if it can be done
@@ -74,6 +87,22 @@ def _build_like(new, old):
     if type(new) is type(old):
         for new_child, old_child in zip(new._layers, old._layers):
             _build_like(new_child, old_child)
+
+def _carry_state(old, new):
+    "Give a layer of the same class the weights of the other, and what it keeps beside weights, such as a vocabulary."
+    shapes = [[tuple(w.shape) for w in layer.weights] for layer in (new, old)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"'{old.name}' could not be copied: made again from its configuration, it has other weights. Check its `get_config` and "
+            "`build`, or pack the model itself with `pack(model, in_place=True)`. "
+            f"Received weights of shapes {shapes[1]}, and in the copy {shapes[0]}"
+        )
+    new.set_weights(old.get_weights())
+    for old_part, new_part in zip(old._flatten_layers(), new._flatten_layers()):
+        if hasattr(old_part, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                old_part.save_assets(folder)
+                new_part.load_assets(folder)
 
 # %% ../nbs/conversion.ipynb #d4dcbe1f
 def pack(
@@ -133,19 +162,26 @@ def fit_scale(
 ATTENTION = ("query", "key", "value", "gate", "output")
 CONSTANTS = ("name", "trainable", "dtype", "use_bias", "bias_initializer", "bias_regularizer", "bias_constraint")
 
+def _arguments(layer, *without):
+    "What the layer was made with. Its activation is handed over as it is, or copied if it is a layer."
+    without = {"quantization_config", "lora_rank", "lora_alpha", *without}  # the kernel of a layer with LoRA is the whole one
+    config = {name: value for name, value in layer.get_config().items() if name not in without}
+    if "activation" in config:
+        activation = layer.activation
+        config["activation"] = _copy(activation) if isinstance(activation, layers.Layer) else activation
+    return config
+
 def _same_arguments(twin):
     def make(layer, options):
-        config = {name: value for name, value in layer.get_config().items() if name != "quantization_config"}
-        config["activity_regularizer"] = keras.regularizers.serialize(layer.activity_regularizer)
-        return twin.from_config({**config, **options})
+        return twin(**{**_arguments(layer), "activity_regularizer": layer.activity_regularizer, **options})
     return make
 
 def _from_einsum(layer, options):
-    match = re.fullmatch(r"(\.{3}|[a-z]*)([a-z]),\2([a-z])->\1\3", layer.equation)
+    match = re.fullmatch(r"(\.{3}|[a-zA-Z]*)([a-zA-Z]),\2([a-zA-Z])->\1\3", layer.equation)
     if not match or layer.bias_axes not in (None, match[3]):
         raise ValueError(f"only projections of the last axis have a twin. Received: equation={layer.equation!r}")
-    config = {name: value for name, value in layer.get_config().items() if name not in ("equation", "output_shape", "bias_axes", "quantization_config")}
-    return matmul_free.DenseMML.from_config({**config, "units": layer.kernel.shape[-1], "use_bias": layer.bias is not None, **options})
+    config = _arguments(layer, "equation", "output_shape", "bias_axes")
+    return matmul_free.DenseMML(**{**config, "units": layer.kernel.shape[-1], "use_bias": layer.bias is not None, **options})
 
 def _from_grouped_queries(layer, options):
     config = layer.get_config()
@@ -200,7 +236,7 @@ def conversion_plan(
     stays = {} if last else {id(layer): "the last layer" for layer in _last_layers(model)}
     rows = []
     for path, layer, owner in _layers_with_kernels(model):
-        reason = stays.get(id(layer)) or (f"'{owner.name}' makes it: use the twin in its code" if owner else _why_not(layer, filters, recurrent))
+        reason = stays.get(id(layer)) or (f"part of '{owner.name}', and {type(owner).__name__} is not taken apart" if owner else _why_not(layer, filters, recurrent))
         rows.append(Conversion(path, layer, None if reason else _twin_name(layer), reason))
     return rows
 
@@ -210,6 +246,8 @@ def _why_not(layer, filters, recurrent):
         return "ternary already"
     if type(layer) not in TWINS:
         return f"{type(layer).__name__} has no twin"
+    if getattr(layer, "quantization_mode", None):
+        return f"quantised already, to {layer.quantization_mode}"
     if type(layer) is layers.GRU and not recurrent:
         return "its recurrent kernel would be lost; `recurrent=True` converts it"
     if not _selected(layer, filters):
@@ -217,7 +255,7 @@ def _why_not(layer, filters, recurrent):
     try:
         TWINS[type(layer)][0](layer, {})
     except (ValueError, TypeError) as error:
-        return str(error)
+        return str(error).splitlines()[0]
 
 def _twin_name(layer):
     return type(TWINS[type(layer)][0](layer, {})).__name__
@@ -225,10 +263,13 @@ def _twin_name(layer):
 def _selected(layer, filters):
     if filters is None or callable(filters):
         return filters is None or filters(layer)
-    patterns = [filters] if isinstance(filters, str) else filters
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"`filters` must be a regular expression, a list of them, or a function of a layer. Received: filters={filters!r}")
-    return any(re.search(pattern, layer.name) for pattern in patterns)
+    patterns = [filters] if isinstance(filters, (str, re.Pattern)) else filters
+    try:
+        return any([re.search(pattern, layer.name) for pattern in patterns])
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"`filters` must be a regular expression, a list of them, or a function of a layer. Received: filters={filters!r} ({error})"
+        ) from error
 
 # %% ../nbs/conversion.ipynb #9f7af3ae
 def _layers_with_kernels(model, prefix=""):
@@ -246,19 +287,21 @@ def _layers_with_kernels(model, prefix=""):
             yield path, inner, None
 
 def _last_layers(model):
-    "The layers with a kernel whose outputs, without further weights behind them, are outputs of the model."
+    "The layers whose outputs, at most passed through a layer without weights or set side by side, are outputs of the model."
     found, tensors = [], list(model.outputs)
     while tensors:
         layer, node, _ = tensors.pop()._keras_history
-        if type(layer) is not layers.TimeDistributed and _is_graph(layer):
-            found += _last_layers(layer)
-        elif getattr(layer, "weights", []):
-            found.append(layer.layer if type(layer) is layers.TimeDistributed else layer)
-        elif len(inputs := layer._inbound_nodes[node].input_tensors) == 1:
+        inner = layer.layer if type(layer) is layers.TimeDistributed else layer
+        inputs = layer._inbound_nodes[node].input_tensors
+        if _is_graph(inner):
+            found += _last_layers(inner)
+        elif getattr(inner, "weights", []):
+            found.append(inner)
+        elif len(inputs) == 1 or type(layer).__name__ == "Concatenate":
             tensors += inputs
     return found
 
-# %% ../nbs/conversion.ipynb #6c6f25fb
+# %% ../nbs/conversion.ipynb #478bf036
 def ternarize(
     model,             # a built Sequential or functional Keras model with float layers
     filters=None,      # which layers to convert, as in `model.quantize`: a regular expression for names, a list of them, or a function of the layer
@@ -267,43 +310,36 @@ def ternarize(
     recurrent=False,   # whether `GRU` becomes `GRUMML`, which loses its recurrent kernel
     verbose=True,      # whether to print what becomes of each layer
     **options,         # `norm`, `norm_gain`, `scale` and `activation_bits` of the twins, as in `DenseMML`; `norm` is `None` unless given
-):                     # a copy to be trained further, compiled as the model was
+):                     # a copy to be trained further, compiled as the model was, with a new state of the optimizer
     """Return a copy of a float model in which layers have become their matmul-free twins, with the weights carried over.
 
-    Raises `ValueError` for other models than built Sequential and functional ones, for a model in which there is nothing to convert,
-    and for invalid options.
+    Raises `ValueError` for other models than built Sequential and functional ones, for a model in which there is nothing to convert
+    or that cannot be copied, for invalid options, and for a calibration without samples or with numbers that are not finite.
     """
     if not isinstance(model, keras.Model) or not _is_graph(model) or not model.built:
         raise ValueError(
             f"`ternarize` takes a built Sequential or functional model. Received: {model!r} of type {type(model).__name__}. In a model "
             "that makes its layers itself, write their twins, such as `DenseMML` for `Dense`, into its code."
         )
+    if unknown := set(options) - {"norm", "norm_gain", "scale", "activation_bits"}:
+        raise ValueError(f"The options of the twins are `norm`, `norm_gain`, `scale` and `activation_bits`. Received: {sorted(unknown)}")
     options = {"norm": None, **options}
     matmul_free.DenseMML(1, name="template", **options)  # checks them
     plan = conversion_plan(model, filters, last, recurrent)
     _print_plan(plan, model.name, verbose)
-    chosen = {id(row.layer): TWINS[type(row.layer)] for row in plan if row.becomes}
-    pairs = []
+    chosen = {id(row.layer): row.layer for row in plan if row.becomes}
+    twins = {}
 
-    def fresh(layer):
-        if _is_graph(layer):
-            return _clone(layer, fresh)
-        if type(layer) is layers.TimeDistributed:
-            config = {name: value for name, value in layer.get_config().items() if name != "layer"}
-            return layers.TimeDistributed(fresh(layer.layer), **config)
-        new = chosen[id(layer)][0](layer, options) if id(layer) in chosen else _fresh(layer)
-        pairs.append((layer, new))
-        return new
-
-    copy = fresh(model)
-    _build_like(copy, model)
-    for layer, new in pairs:
+    def replace(layer):
         if id(layer) in chosen:
-            _carry_over(layer, new, chosen[id(layer)][1])
-        elif isinstance(layer, layers.Layer):  # and not an operation, such as `x + y`
-            new.set_weights(layer.get_weights())
+            twins[id(layer)] = TWINS[type(layer)][0](layer, options)
+            return twins[id(layer)]
+
+    copy = _copy(model, replace)
+    for key, layer in chosen.items():
+        _carry_over(layer, twins[key], TWINS[type(layer)][1])
     if calibration is not None:
-        _calibrate(model, copy, [part for layer, new in pairs if id(layer) in chosen for part in _linear_parts(layer, new)], calibration)
+        _calibrate(model, copy, [part for key, layer in chosen.items() for part in _linear_parts(layer, twins[key])], calibration)
     if compiled := _compile_arguments(model):
         copy.compile(**compiled)
     return copy
@@ -322,7 +358,7 @@ def _print_plan(plan, name, verbose):
     if verbose:
         print("\n".join(lines))
 
-# %% ../nbs/conversion.ipynb #88a7de96
+# %% ../nbs/conversion.ipynb #c0623dac
 def _linear_parts(layer, twin):
     "Pairs of a float layer and a ternary one that compute the same before an activation function."
     if isinstance(twin, PackableLayer):
@@ -332,49 +368,62 @@ def _linear_parts(layer, twin):
         return [pair for pair in pairs if None not in pair and isinstance(pair[1], PackableLayer)]
     return []
 
-def _calibrate(model, copy, pairs, inputs):
-    "Fit scales and biases, layer by layer, while the copy computes."
-    targets, activations = {}, [(layer, layer.activation) for pair in pairs for layer in pair]
+@contextmanager
+def _before_activations(watched):
+    "While models run: by the identity of each layer, in order of their first calls, the list of what it hands to its activation."
+    seen, activations = {}, [(layer, layer.activation) for layer in watched]
 
-    def remember(layer, activation):
+    def watch(layer, activation):
         def call(outputs):
-            targets.setdefault(id(layer), ops.convert_to_numpy(outputs).astype("float32"))
-            return activation(outputs)
-        return call
-
-    def fit(layer, twin, activation):
-        def call(outputs):
-            if id(layer) in targets:
-                outputs = _fit_outputs(twin, outputs, targets.pop(id(layer)))
+            seen.setdefault(id(layer), []).append(_rows(layer, outputs))
             return activation(outputs)
         return call
 
     try:
-        for layer, twin in pairs:
-            layer.activation = remember(layer, layer.activation)
-            twin.activation = fit(layer, twin, twin.activation)
-        model(inputs, training=False), copy(inputs, training=False)
+        for layer, activation in activations:
+            layer.activation = watch(layer, activation)
+        yield seen
     finally:
         for layer, activation in activations:
             layer.activation = activation
 
+def _rows(layer, outputs):
+    "Outputs as a matrix with one column for each channel."
+    outputs = ops.convert_to_numpy(ops.cast(outputs, "float32"))
+    if not isinstance(layer, PackableLayer) and getattr(layer, "data_format", None) == "channels_first":  # ours come last here
+        outputs = np.moveaxis(outputs, 1, -1)
+    return outputs.reshape(-1, outputs.shape[-1])
+
+def _calibrate(model, copy, pairs, inputs):
+    "Fit scales and biases, layer by layer, in the order in which the model calls them."
+    for array in keras.tree.flatten(inputs):
+        array = ops.convert_to_numpy(array)
+        if not array.size or array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"`calibration` must be a batch of finite inputs. Received: an array of shape {array.shape}")
+    pairs = [pair for pair in pairs if not isinstance(pair[0].activation, layers.Layer)]
+    twins = {id(layer): twin for layer, twin in pairs}
+    with _before_activations([layer for layer, _ in pairs]) as targets:
+        model(inputs, training=False)
+    for key, target in targets.items():
+        twin = twins[key]
+        with _before_activations([twin]) as seen:
+            copy(inputs, training=False)
+        _fit_outputs(twin, np.concatenate(seen[id(twin)]), np.concatenate(target))
+
 def _fit_outputs(layer, outputs, target):
-    "Fit the layer's scale and bias to the target. Returns the outputs that it has then."
-    y = ops.convert_to_numpy(outputs).astype("float32")
+    "Fit the layer's scale and bias, which gave the outputs, to the target. Both are matrices."
     bias = 0 if layer.bias is None else ops.convert_to_numpy(layer.bias)
-    rows, wanted = np.reshape(y, (-1, y.shape[-1])) - bias, np.reshape(target, (-1, y.shape[-1]))
-    centre, goal = (rows.mean(0), wanted.mean(0)) if layer.bias is not None else (0, 0)
-    covariance, variance = ((rows - centre) * (wanted - goal)).sum(0), np.square(rows - centre).sum(0)
+    rows = outputs - bias
+    centre, goal = (rows.mean(0), target.mean(0)) if layer.bias is not None else (0, 0)
+    covariance, variance = ((rows - centre) * (target - goal)).sum(0), np.square(rows - centre).sum(0)
     if layer.kernel_quantizer.quantize(layer.kernel)[1].shape == ():  # one scale
         covariance, variance = covariance.sum(), variance.sum()
     factor = np.where(covariance > 0, covariance / np.maximum(variance, 1e-12), 1).astype("float32")
     layer.kernel.assign(ops.convert_to_numpy(layer.kernel) * factor)
     if layer.bias is not None:
         layer.bias.assign(goal - factor * centre)
-        bias = ops.convert_to_numpy(layer.bias)
-    return ops.cast(ops.convert_to_tensor((rows * factor + bias).reshape(y.shape)), outputs.dtype)
 
-# %% ../nbs/conversion.ipynb #384d9bb3
+# %% ../nbs/conversion.ipynb #b4beebce
 @keras.saving.register_keras_serializable(package="keras_mml")
 class RoundedInputs(layers.Layer):
     """Round inputs to integers and scale them back, as the inputs of ternary layers are.
@@ -388,8 +437,8 @@ class RoundedInputs(layers.Layer):
 
     ```python
     >>> import numpy as np
-    >>> RoundedInputs(bits=2)(np.array([[0.1, 0.9]])).shape == (1, 2)
-    True
+    >>> [round(float(x), 2) for x in RoundedInputs(bits=3)(np.array([[0.1, 0.5, 0.9]]))[0]]  # to thirds of 0.9
+    [0.0, 0.6, 0.9]
 
     ```
     """
@@ -428,41 +477,32 @@ def to_dense(
     """Return a copy made of standard Keras layers, with de-quantised weights.
 
     Raises `ValueError` for other models than built Sequential and functional ones, where there is nothing to convert, and for layers that
-    Keras has no namesake of, such as recurrences, gated units and convolutions with causal padding.
+    Keras has no namesake of, such as attention, recurrences, gated units and convolutions with causal padding.
     """
     if not isinstance(model, keras.Model) or not _is_graph(model) or not model.built:
         raise ValueError(f"`to_dense` takes a built Sequential or functional model. Received: {model!r} of type {type(model).__name__}")
     if not any(type(layer) in STANDARD for layer in model._flatten_layers()):
         raise ValueError(f"'{model.name}' has no ternary layer that could become a standard one.")
-    pairs = []
 
-    def fresh(layer):
-        if _is_graph(layer):
-            return _clone(layer, fresh)
-        if isinstance(layer, layers.TimeDistributed):
-            config = {name: value for name, value in layer.get_config().items() if name != "layer"}
-            return layers.TimeDistributed(fresh(layer.layer), **config)
+    def replace(layer):
         if type(layer) in STANDARD:
             return _standard(layer, quantize_inputs)
-        new = _fresh(layer)
-        if isinstance(layer, layers.Layer):
-            if any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers()):
-                raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers. Received: {type(layer).__name__}")
-            pairs.append((layer, new))
-        return new
+        if isinstance(layer, (PackableLayer, Composed)) or (
+            isinstance(layer, layers.Layer) and not _is_graph(layer) and type(layer) is not layers.TimeDistributed
+            and any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers())
+        ):  # fmt: skip
+            raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers. Received: {type(layer).__name__}")
 
-    copy = fresh(model)
-    _build_like(copy, model)
-    for layer, new in pairs:
-        new.set_weights(layer.get_weights())
+    copy = _copy(model, replace)
     if compiled := _compile_arguments(model):
         copy.compile(**compiled)
     if sample is not None:
-        before, after = (ops.convert_to_numpy(m(sample, training=False)) for m in (model, copy))
-        print(f"largest difference of the outputs {np.abs(before - after).max():.2g}, largest output {np.abs(before).max():.2g}")
+        before, after = ([ops.convert_to_numpy(y) for y in keras.tree.flatten(m(sample, training=False))] for m in (model, copy))
+        difference, largest = (max(np.abs(y).max() for y in ys) for ys in ([a - b for a, b in zip(before, after)], before))
+        print(f"largest difference of the outputs {difference:.2g}, largest output {largest:.2g}")
     return copy
 
-# %% ../nbs/conversion.ipynb #b4beebce
+# %% ../nbs/conversion.ipynb #2e63dcb2
 def _standard(layer, quantize_inputs):
     "The namesake of a ternary layer, behind what happens to its inputs."
     config = {name: value for name, value in layer.get_config().items() if name not in OURS}
@@ -471,7 +511,7 @@ def _standard(layer, quantize_inputs):
     twin, state = STANDARD[type(layer)].from_config(config), layer.ternary_state()
     if config.get("padding") == "causal":
         raise ValueError(f"Layer '{layer.name}' rounds each window by itself (`padding=\"causal\"`), which no standard layer does.")
-    input_shape = layer.get_build_config()["input_shape"]
+    input_shape = _input_shape(layer)
     twin.build(input_shape)
     kernel = state["trits"] * state["kernel_scale"]
     twin.kernel.assign(kernel.reshape(twin.kernel.shape))
@@ -483,12 +523,28 @@ def _standard(layer, quantize_inputs):
         parts.append(RoundedInputs(layer.activation_quantizer.bits, per_sample, dtype=layer.dtype_policy))
     return keras.Sequential([keras.Input(input_shape[1:]), *parts, twin], name=layer.name) if parts else twin
 
+def _calls(layer):
+    return [tensor for node in layer._inbound_nodes for tensor in node.input_tensors]
+
+def _input_shape(layer):
+    "The shape of what the layer is called with; sizes that differ between its calls are `None`."
+    shapes = {tuple(tensor.shape) for tensor in _calls(layer)} or {tuple(layer.get_build_config()["input_shape"])}
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"Layer '{layer.name}' is called with inputs of different ranks, which has no counterpart. Received: shapes {sorted(shapes, key=len)}")
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes))
+
 def _normalization(layer, state, input_shape, per_sample):
+    if any(getattr(tensor, "_keras_mask", None) is not None for tensor in _calls(layer)):
+        raise ValueError(
+            f"Layer '{layer.name}' normalises inputs that have a mask, which Keras' `RMSNormalization` would lose. Only with `norm=None` it "
+            "has a counterpart there."
+        )
     axes = list(range(1, len(input_shape))) if per_sample else [-1]
     if None in [input_shape[axis] for axis in axes]:
         raise ValueError(f"Layer '{layer.name}' normalises whole samples, whose size must be known. Received: input_shape={input_shape}")
     norm = layers.RMSNormalization(axis=axes if per_sample else -1, epsilon=NORM_EPSILON, dtype=layer.dtype_policy)
     norm.build(input_shape)
+    norm.trainable = "gain" in state and layer.trainable
     if "gain" in state:
         channels_first = per_sample and layer.data_format == "channels_first"
         gain = state["gain"].reshape(-1, *(1,) * (len(axes) - 1)) if channels_first else state["gain"]

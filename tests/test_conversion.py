@@ -219,7 +219,7 @@ def test_back_to_standard_layers(build, options, packed, tmp_path, capsys):
 
 
 class Custom(layers.Layer):
-    def __init__(self, **kwargs):
+    def __init__(self, argument=None, **kwargs):
         super().__init__(**kwargs)
         self.dense = layers.Dense(4)
 
@@ -243,6 +243,16 @@ def graph(*parts, shape=(4, 6)):
     return keras.Sequential([keras.Input(shape), *parts])
 
 
+def masked(layer):
+    return keras.Sequential([keras.Input((6,), dtype="int32"), layers.Embedding(10, 8, mask_zero=True), layer, layers.LSTM(4)])
+
+
+def of_two_shapes(shared, first, second):
+    a, b = keras.Input(first), keras.Input(second)
+    pooled = [layers.Reshape((-1, 3))(shared(x)) for x in (a, b)]
+    return keras.Model([a, b], layers.Concatenate()([layers.GlobalAveragePooling1D()(x) for x in pooled]))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -250,13 +260,20 @@ def graph(*parts, shape=(4, 6)):
         (lambda: ternarize(layers.Dense(3)), "of type Dense"),
         (lambda: ternarize(Subclassed()), "write their twins"),
         (lambda: ternarize(graph(layers.Dense(3, name="d"))), "has nothing to convert.\n  d (Dense): stays, the last layer"),
-        (lambda: ternarize(graph(Custom(name="own"), layers.Dense(3))), "'own' makes it: use the twin in its code"),
+        (lambda: ternarize(graph(Custom(name="own"), layers.Dense(3))), "part of 'own', and Custom is not taken apart"),
         (lambda: ternarize(graph(layers.EinsumDense("abc,cde->abde", (None, 2, 3))), last=True), "only projections of the last axis"),
         (lambda: ternarize(graph(layers.Dense(3)), last=True, scale="row"), "Received: scale='row'"),
         (lambda: ternarize(graph(layers.Dense(3)), last=True, norms=None), "norms"),
         (lambda: ternarize(graph(layers.Dense(3)), filters=3, last=True), "`filters` must be a regular expression"),
         (lambda: ternarize(ternarize(graph(layers.Dense(3)), last=True, verbose=False), last=True), "ternary already"),
+        (lambda: ternarize(mlp(), packed=True), "Received: ['packed']"),
+        (lambda: ternarize(mlp(), filters="("), "`filters` must be a regular expression"),
+        (lambda: ternarize(mlp(), calibration=normal(0, 12)), "an array of shape (0, 12)"),
+        (lambda: ternarize(mlp(), calibration=np.full((2, 12), np.nan, "float32")), "a batch of finite inputs"),
+        (lambda: ternarize(graph(Custom(argument=object(), name="own"), layers.Dense(3)), last=True), "'own' could not be copied"),
         (lambda: to_dense(mlp()), "has no ternary layer"),
+        (lambda: to_dense(masked(matmul_free.DenseMML(3))), "would lose"),
+        (lambda: to_dense(of_two_shapes(matmul_free.DenseMML(3), (5,), (4, 5))), "inputs of different ranks"),
         (lambda: to_dense(graph(matmul_free.DenseMML(3), matmul_free.GRUMML(3))), "Received: GRUMML"),
         (lambda: to_dense(graph(matmul_free.Conv1DMML(3, 2, padding="causal"))), "padding=\"causal\""),
         (lambda: to_dense(keras.Sequential([keras.Input((None, 3)), matmul_free.Conv1DMML(3, 2)])), "whose size must be known"),
@@ -267,3 +284,123 @@ def test_what_cannot_work_says_why(make, message):
     with pytest.raises((ValueError, TypeError)) as error:
         make()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("copied", [lambda m: ternarize(m, verbose=False), pack, to_dense], ids=["ternarize", "pack", "to_dense"])
+def test_vocabularies_and_functions_are_copied(copied):
+    lookup = layers.IntegerLookup()
+    lookup.adapt(np.array([10, 20, 30]))
+    both = [layers.Dense(4), layers.Lambda(lambda x: 2 * x)] if copied is not pack and copied is not to_dense else [matmul_free.DenseMML(4, norm=None)]
+    model = keras.Sequential([keras.Input((1,), dtype="int64"), lookup, layers.Embedding(5, 4), layers.Flatten(), *both, layers.Dense(2)])
+    copy = copied(model)
+    assert copy.layers[0].get_vocabulary() == lookup.get_vocabulary() and len(lookup.get_vocabulary()) == 4
+    x = np.array([[10], [30]])
+    assert np.abs(array(copy(x)) - array(model(x))).max() < np.abs(array(model(x))).max()
+
+
+def test_what_is_shared_with_a_model_inside_stays_shared():
+    def model(layer):
+        inner = keras.Sequential([keras.Input((8,)), layer, layers.ReLU()])
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, layers.Dense(2)(layer(inner(inputs))))
+
+    x = normal(3, 8)
+    floats, ours = model(layers.Dense(8)), model(matmul_free.DenseMML(8))
+    ternary, packed, dense = ternarize(floats, verbose=False), pack(ours), to_dense(ours, quantize_inputs=True)
+    assert len(ternary.weights) == len(floats.weights) and ternary.layers[1].layers[0] is ternary.layers[2]
+    np.testing.assert_allclose(array(packed(x)), array(ours(x)), atol=1e-5)
+    np.testing.assert_allclose(array(dense(x)), array(ours(x)), atol=1e-5)
+
+
+def test_a_subclass_that_makes_its_own_graph_keeps_what_it_does():
+    class Tenfold(keras.Model):
+        def __init__(self, units=8, **kwargs):
+            inputs = keras.Input((8,))
+            super().__init__(inputs, layers.Dense(2)(matmul_free.DenseMML(units)(inputs)), **kwargs)
+            self.units = units
+
+        def call(self, inputs, training=None):
+            return 10 * super().call(inputs)
+
+        def get_config(self):
+            return {"units": self.units}
+
+    model, x = Tenfold(6), normal(3, 8)
+    packed = pack(model)
+    assert type(packed) is Tenfold
+    np.testing.assert_allclose(array(packed(x)), array(model(x)), atol=1e-4)
+    with pytest.raises(ValueError, match="takes a built Sequential or functional model"):
+        ternarize(model)
+
+
+def test_layers_that_are_quantised_or_adapted_otherwise():
+    quantised = mlp()
+    quantised.layers[0].quantize("int8")
+    assert conversion_plan(quantised)[0].reason == "quantised already, to int8"
+    adapted = mlp()
+    adapted.layers[0].enable_lora(2)
+    adapted.layers[0].lora_kernel_b.assign(normal(2, 16))
+    whole = mlp()
+    for layer, other in zip(whole.layers, adapted.layers):
+        layer.kernel.assign(other.kernel)
+    kernels = [array(ternarize(m, verbose=False).layers[0].kernel) for m in (adapted, whole)]
+    np.testing.assert_allclose(*kernels, rtol=1e-5)
+
+
+def test_activations_may_be_functions_or_layers_with_weights():
+    model = graph(layers.Dense(16, activation=layers.PReLU()), layers.Dense(8, activation=lambda x: x * x), layers.Dense(2), shape=(12,))
+    model(normal(1, 12))  # builds it
+    model.layers[0].activation.alpha.assign(np.full(16, 0.5, "float32"))
+    ternary = ternarize(model, calibration=normal(20, 12), verbose=False)
+    assert [row.becomes for row in conversion_plan(model)] == ["DenseMML", "DenseMML", None]
+    assert ternary.layers[0].activation is not model.layers[0].activation
+    np.testing.assert_array_equal(array(ternary.layers[0].activation.alpha), 0.5)
+    assert ternary.layers[1].activation is model.layers[1].activation
+
+
+@pytest.mark.parametrize("scale", ["tensor", "channel"])
+@pytest.mark.parametrize("order", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("kind", [lambda **k: layers.Conv2D(6, 3, **k), lambda **k: layers.DepthwiseConv2D(3, depth_multiplier=2, **k)], ids=["conv", "depthwise"])
+def test_calibration_knows_where_the_channels_are(kind, order, scale):
+    if BACKEND == "tensorflow" and order == "channels_first":
+        pytest.skip("tensorflow has no convolutions with channels first on the CPU")
+    x = normal(8, 9, 9, 4) if order == "channels_last" else normal(8, 4, 9, 9)
+    model = shaken(graph(kind(padding="same", data_format=order), layers.Flatten(), layers.Dense(2), shape=x.shape[1:]))
+    fitted = [ternarize(model, calibration=batch, scale=scale, verbose=False).layers[0] for batch in (None, x)]
+    errors = [np.square(array(layer(x)) - array(model.layers[0](x))).mean() for layer in fitted]
+    assert errors[1] <= errors[0] * 1.0001
+
+
+def test_calibration_sums_over_all_calls():
+    x = normal(50, 5, 4) + np.arange(5, dtype="float32")[None, :, None]
+    once = shaken(graph(layers.Dense(16, activation="relu"), layers.Dense(3), shape=(5, 4)))
+    steps = graph(layers.TimeDistributed(layers.Dense(16, activation="relu")), layers.Dense(3), shape=(5, 4))
+    steps.set_weights(once.get_weights())
+    plain, distributed = (ternarize(m, calibration=x, verbose=False) for m in (once, steps))
+    np.testing.assert_allclose(array(distributed.layers[0].layer.kernel), array(plain.layers[0].kernel), rtol=1e-3)
+    np.testing.assert_allclose(array(distributed.layers[0].layer.bias), array(plain.layers[0].bias), rtol=1e-3, atol=1e-5)
+
+
+def test_all_heads_and_distributed_ends_are_last_layers():
+    inputs = keras.Input((4,))
+    h = layers.Dense(8, name="h")(inputs)
+    model = keras.Model(inputs, layers.Concatenate()([layers.Dense(2, name="a")(h), layers.Dense(2, name="b")(h)]))
+    assert {row.path: row.becomes for row in conversion_plan(model)} == {"h": "DenseMML", "a": None, "b": None}
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(8, name="first"), layers.Dense(3, name="out")], name="inner")
+    plan = {row.layer.name: row.becomes for row in conversion_plan(graph(layers.TimeDistributed(inner), shape=(5, 4)))}
+    assert plan == {"first": "DenseMML", "out": None}
+
+
+def test_standard_layers_of_shared_frozen_and_many_ended_models(capsys):
+    shared = matmul_free.DenseMML(3)
+    model = of_two_shapes(shared, (7, 5), (4, 5))
+    x = [normal(2, 7, 5), normal(2, 4, 5)]
+    dense = to_dense(model, quantize_inputs=True)
+    np.testing.assert_allclose(array(dense(x)), array(model(x)), atol=1e-5)
+    frozen = to_dense(graph(matmul_free.DenseMML(8, trainable=False), matmul_free.DenseMML(2), shape=(4,)))
+    assert [w.shape[-1] for w in frozen.trainable_weights] == [2, 2]
+    inputs = keras.Input((4,))
+    h = matmul_free.DenseMML(7)(inputs)
+    heads = keras.Model(inputs, {"a": layers.Dense(2)(h), "b": layers.Dense(3)(h)})
+    to_dense(heads, quantize_inputs=True, sample=normal(3, 4))
+    assert "largest difference of the outputs" in capsys.readouterr().out

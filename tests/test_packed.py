@@ -426,7 +426,7 @@ def test_what_cannot_be_packed_says_why():
         (model(DenseMML(3, scale=Fractions())), "Layer 'dense_mml.*' cannot be packed. Only the values -1, 0 and 1"),
         (model(DenseMML(6, scale=ByInput())), "needs one scale, or one for each of its 6 outputs"),
         (model(DenseMML(3, activation_bits=OtherRounding())), "Layer 'dense_mml.*' cannot be packed: .*`AbsmaxInt`"),
-        (unknown, "Implement its `get_config`, or pack the model itself with `pack\\(model, in_place=True\\)`"),
+        (unknown, "Implement the `get_config` of `Unknown`, or pack the model itself with `pack\\(model, in_place=True\\)`"),
         ("model.keras", "takes a Keras model or layer. Received: 'model.keras' of type str"),
     ]:
         with pytest.raises(ValueError, match=message):
