@@ -210,11 +210,13 @@ const PARTS = `
     <div class="dd-paper">
       <canvas class="dd-pad" role="img" aria-label="A pad to draw a digit on, with mouse, pen or finger"></canvas>
       <p class="dd-hint" aria-hidden="true"></p>
-      <figure class="dd-seen"><canvas width="28" height="28" role="img" aria-label="The drawing as the network sees it, 28 by 28 pixels"></canvas><figcaption>what it sees</figcaption></figure>
-      <button type="button" class="dd-clear">Clear</button>
     </div>
     <div class="dd-answer">
-      <p class="dd-result"><span class="dd-digit"></span> <span class="dd-sure"></span></p>
+      <div class="dd-result">
+        <span class="dd-digit"></span> <span class="dd-sure"></span>
+        <figure class="dd-seen"><figcaption>what<br>it sees</figcaption><canvas width="28" height="28" role="img" aria-label="The drawing as the network sees it, 28 by 28 pixels"></canvas></figure>
+        <button type="button" class="dd-clear">Clear</button>
+      </div>
       <div class="dd-bars" role="group" aria-label="Probabilities. Press a digit to see which weights voted on it."></div>
     </div>
   </div>
@@ -243,17 +245,15 @@ function mount(root, network) {
   const $ = (selector) => root.querySelector(selector);
   const pad = $(".dd-pad"), ink = pad.getContext("2d");
   let strokes = [], sample = null, picked = null; // picked: the digit whose votes are shown, if it is not the answer
-  let result = null, answers = 0, milliseconds = 0, scheduled = false, drawing = null, answered = true;
+  let image = null, result = null, answers = 0, milliseconds = 0;
+  let drawing = null, scheduled = false, announced = true; // drawing: the pointer that does
 
   const bars = network.layers[network.layers.length - 1].bias.length;
   for (let digit = 0; digit < bars; digit++) {
     const button = document.createElement("button");
     button.type = "button";
-    button.innerHTML = `<i></i><span class="dd-track"><span class="dd-bar"></span></span><b>${digit}</b>`;
-    button.addEventListener("click", () => {
-      picked = picked === digit ? null : digit;
-      schedule();
-    });
+    button.innerHTML = `<span class="dd-track"><span class="dd-bar"></span><i></i></span><b>${digit}</b>`;
+    button.addEventListener("click", () => pick(digit));
     $(".dd-bars").append(button);
   }
 
@@ -275,9 +275,19 @@ function mount(root, network) {
 
   // -- what happens
 
+  /** Show a sample, or with null an empty pad. */
   function show(one) {
-    [strokes, sample, picked, answered] = [[], one, null, false];
+    [strokes, sample, picked, drawing, announced] = [[], one, null, null, false];
     schedule();
+  }
+
+  /** Show how the vote on this digit went; asked again, or in the next drawing, how the vote on the answer went. */
+  function pick(digit) {
+    if (!result) return;
+    picked = picked === digit ? null : digit;
+    drawAnswer();
+    drawPictures();
+    $(".dd-live").textContent = `The vote on ${shown()}: ${$(".dd-votes canvas").getAttribute("aria-label")}`;
   }
 
   function clear() {
@@ -287,14 +297,15 @@ function mount(root, network) {
 
   function point(event) {
     const box = pad.getBoundingClientRect();
-    return { x: ((event.clientX - box.left) / box.width) * SIDE, y: ((event.clientY - box.top) / box.height) * SIDE };
+    const within = (share) => Math.min(1, Math.max(0, share)) * SIDE;
+    return { x: within((event.clientX - box.left) / box.width), y: within((event.clientY - box.top) / box.height) };
   }
 
   pad.addEventListener("pointerdown", (event) => {
     if (drawing !== null || event.button) return; // a second finger, or another button of the mouse
     event.preventDefault();
     pad.setPointerCapture(event.pointerId);
-    [drawing, sample, picked, answered] = [event.pointerId, null, null, false];
+    [drawing, sample, picked, announced] = [event.pointerId, null, null, false];
     strokes.push([point(event)]);
     schedule();
   });
@@ -328,17 +339,15 @@ function mount(root, network) {
     scheduled = false;
     const empty = !sample && !strokes.length;
     const start = performance.now();
-    const image = sample ? sample.image : prepare(strokes);
+    image = sample ? sample.image : prepare(strokes);
     result = empty ? null : network.predict(image);
     milliseconds = performance.now() - start;
     if (result) answers++;
     root.classList.toggle("dd-empty", empty);
     root.classList.toggle("dd-drawn", !empty && !sample);
-    drawPad();
-    drawImage($(".dd-seen canvas"), image, 0.92);
     drawAnswer();
-    drawVotes(image);
     drawCount();
+    drawPictures();
     announce();
   }
 
@@ -354,7 +363,7 @@ function mount(root, network) {
     if (sample) {
       const small = document.createElement("canvas");
       small.width = small.height = SIDE;
-      drawImage(small, sample.image, 1);
+      drawImage(small, sample.image);
       ink.drawImage(small, 0, 0, SIDE, SIDE);
     }
     for (const stroke of strokes) {
@@ -378,9 +387,12 @@ function mount(root, network) {
     context.putImageData(pixels, 0, 0);
   }
 
-  function drawImage(canvas, image, strength) {
-    const [r, g, b] = inkColour().match(/[\d.]+/g).map(Number);
-    drawPixels(canvas, (i) => [r, g, b, strength * image[i]]);
+  /** An image in the colour of the text, whatever notation that is in. */
+  function drawImage(canvas, image) {
+    drawPixels(canvas, (i) => [0, 0, 0, image[i]]);
+    const context = canvas.getContext("2d");
+    [context.globalCompositeOperation, context.fillStyle] = ["source-in", inkColour()];
+    context.fillRect(0, 0, SIDE, SIDE);
   }
 
   /** The digit whose votes are shown: the picked one, or the answer. */
@@ -393,16 +405,17 @@ function mount(root, network) {
     [...$(".dd-bars").children].forEach((button, digit) => {
       const share = result ? result.probabilities[digit] : 0;
       button.querySelector(".dd-bar").style.transform = `scaleY(${share})`;
-      button.querySelector("i").textContent = share >= 0.005 && digit !== answer() ? percent(share) : "";
+      const label = button.querySelector("i");
+      label.textContent = share >= 0.005 && digit !== answer() ? percent(share) : "";
+      label.style.bottom = `${100 * share}%`;
       button.classList.toggle("dd-first", digit === answer());
       button.setAttribute("aria-pressed", String(digit === shown()));
       button.setAttribute("aria-label", `${digit}: ${percent(share)}`);
-      button.disabled = !result;
     });
   }
 
   /** A square for each input of the last layer: as large as it is loud, in the colour of its trit for the digit. */
-  function drawVotes(image) {
+  function drawVotes() {
     const canvas = $(".dd-votes canvas"), digit = shown(), last = network.layers[network.layers.length - 1];
     const columns = Math.ceil(Math.sqrt(last.inputs)), size = Math.round(canvas.clientWidth * (window.devicePixelRatio || 1));
     if (canvas.width !== size) canvas.width = canvas.height = size;
@@ -425,12 +438,11 @@ function mount(root, network) {
         + `<span class="dd-plus">${whole(added)} added</span> − <span class="dd-minus">${whole(subtracted)} subtracted</span> = <b>${whole(added - subtracted)}</b>. `
         + "Larger squares are louder units, grey ones are left out. Press another digit above to see its vote."
       : "Each square is a unit before the end. An answer adds the blue ones and subtracts the red ones.";
-    drawUnits(image, digit);
   }
 
   /** The trits of the units that spoke loudest for the digit, each a picture: strong where there is ink. */
-  function drawUnits(image, digit) {
-    const first = network.layers[0];
+  function drawUnits() {
+    const digit = shown(), first = network.layers[0];
     const worth = result ? network.influence(result.steps, digit) : new Int32Array(first.units);
     const loudest = Array.from(worth.keys()).sort((a, b) => worth[b] - worth[a]);
     [...$(".dd-units > div").children].forEach((canvas, i) => {
@@ -452,37 +464,38 @@ function mount(root, network) {
       `<b>${whole(answers * network.saved)}</b> multiplications saved so far. Each answer makes ${whole(network.additions)} additions `
       + `and ${whole(network.subtractions)} subtractions and leaves ${whole(network.leftOut)} weights out, where float weights take `
       + `${whole(network.saved)} multiplications; ${whole(network.remaining)} remain around the sums, to bring numbers to size.`
-      + (result ? ` The last answer came ${time}.` : "");
+      + (result ? ` The last answer was found ${time}.` : "");
   }
 
   /** Say the answer once a stroke has ended, not sixty times a second. */
   function announce() {
-    if (answered || drawing !== null || !result) return;
-    answered = true;
+    if (announced || drawing !== null || !result) return;
+    announced = true;
     $(".dd-live").textContent = `It reads a ${answer()}, with a probability of ${percent(result.probabilities[answer()])}.`;
   }
 
   // -- the beginning, and what can change around the demo
 
-  function drawSamples() {
-    for (const one of network.samples) drawImage(one.button.firstChild, one.image, 1);
-  }
-
-  function repaint() {
-    drawSamples();
+  function drawPictures() {
     drawPad();
-    drawImage($(".dd-seen canvas"), sample ? sample.image : prepare(strokes), 0.92);
-    drawVotes(sample ? sample.image : prepare(strokes));
+    drawImage($(".dd-seen canvas"), image);
+    drawVotes();
+    drawUnits();
   }
 
-  new ResizeObserver(repaint).observe(pad);
+  /** Once more, in the colours and the size of the page as it is now. */
+  function repaint() {
+    for (const one of network.samples) drawImage(one.button.firstChild, one.image);
+    drawPictures();
+  }
+
+  for (const one of network.samples) network.predict(one.image); // browsers compile what runs more than once
+  sample = network.samples[3];
+  update();
+  new ResizeObserver(repaint).observe(pad); // which calls it at once
   const themes = new MutationObserver(() => requestAnimationFrame(repaint));
   for (const element of [document.documentElement, document.body]) themes.observe(element, { attributes: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-  for (let i = 0; i < 3; i++) network.predict(network.samples[i].image); // browsers compile what they run more than once
-  sample = network.samples[3];
-  update();
-  drawSamples();
 }
 
 /** Build every demo of the page that has weights and was not built yet. */
