@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
@@ -35,6 +36,7 @@ def stage(saved):
         for path in executed.rglob("*.ipynb"):
             if (STAGED / path.relative_to(executed)).exists():
                 shutil.copy(path, STAGED / path.relative_to(executed))
+    demo.prepare(STAGED)
 
 
 def process():
@@ -113,6 +115,8 @@ def write_readme():
     notebook = nbformat.read(SOURCE / "index.ipynb", 4)
     cells = []
     for cell in notebook.cells:
+        if 'class="digit-demo"' in cell.source:  # needs scripts, which GitHub does not run
+            continue
         directives = re.findall(r"^#\| *(.+)$", cell.source, re.M) if cell.cell_type == "code" else []
         if "echo: false" in directives:  # only what it shows
             cells += [nbformat.v4.new_markdown_cell(output.data["text/markdown"]) for output in cell.outputs]
