@@ -6,6 +6,7 @@
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -17,13 +18,31 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
-from nbdev.doclinks import _build_modidx
+from nbdev.doclinks import NbdevLookup, _build_modidx
 from nbdev.serve import proc_nbs
+
+import finish_site
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
 REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
+
+
+def fingerprint():
+    "Of everything the site is made from."
+    files = [p for top in (SOURCE, ROOT / "keras_mml", ROOT / "tools") for p in sorted(top.rglob("*")) if p.is_file()]
+    files = [p for p in files if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts) and p.suffix != ".tmp"]
+    digest = hashlib.sha256()
+    for path in [*files, ROOT / "_quarto.yml", ROOT / "settings.ini", ROOT / "CHANGELOG.md"]:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_current():
+    "Whether the site in _docs was built from what is here now."
+    stamp = SITE / ".built-from"
+    return stamp.exists() and stamp.read_text() == fingerprint()
 
 
 def stage(saved):
@@ -53,7 +72,10 @@ def process():
                 data = output.get("data", {})
                 if "text/markdown" in data:
                     data["text/markdown"] = documentation(relative_links(data["text/markdown"], up))
+                if "image/svg+xml" in data:
+                    output["data"] = finish_site.smaller_plot(data)
         nbformat.write(notebook, path)
+    finish_site.write_sources(PROCESSED, lambda text: relative_links(NbdevLookup().linkify(text), ""))
 
 
 def relative_links(text, up):
@@ -146,8 +168,10 @@ def main():
     process()
     built = render()
     localise(built)
+    finish_site.finish(built, PROCESSED, STAGED)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(built, SITE)
+    (SITE / ".built-from").write_text(fingerprint())
     print(f"→ built in {time.time() - start:.0f} s. Open {SITE.name}/index.html")
 
 
