@@ -64,18 +64,24 @@ def process():
     for path in PROCESSED.rglob("*.ipynb"):
         notebook = nbformat.read(path, 4)
         up = "../" * (len(path.relative_to(PROCESSED).parts) - 1)
+        within_section = False
         for cell in notebook.cells:
             cell.source = relative_links(cell.source, up)
+            if cell.cell_type == "markdown":
+                cell.source = finish_site.with_links(cell.source, up)
+            within_section |= cell.cell_type == "markdown" and bool(re.search(r"^## ", cell.source, re.M))
             if cell.cell_type == "code" and re.search(r"^class ", cell.source, re.M):  # long, and just documented
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
-                    data["text/markdown"] = documentation(relative_links(data["text/markdown"], up))
+                    shown = finish_site.with_source(data["text/markdown"], path.relative_to(PROCESSED).with_suffix(".html").as_posix())
+                    shown = finish_site.with_links(documentation(relative_links(shown, up)), up)
+                    data["text/markdown"] = shown if within_section else re.sub(r"^### ", "## ", shown, flags=re.M)
                 if "image/svg+xml" in data:
                     output["data"] = finish_site.smaller_plot(data)
         nbformat.write(notebook, path)
-    finish_site.write_sources(PROCESSED, lambda text: relative_links(NbdevLookup().linkify(text), ""))
+    finish_site.write_sources(PROCESSED, lambda text: finish_site.with_links(relative_links(NbdevLookup().linkify(text), ""), ""))
 
 
 def relative_links(text, up):

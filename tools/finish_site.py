@@ -3,6 +3,7 @@ for links, a feed, Markdown for machines, and a page for addresses that do not e
 
 import ast
 import base64
+import functools
 import html
 import io
 import json
@@ -74,9 +75,10 @@ def plain(text):
 # ---- public names
 
 
+@functools.cache
 def public_names():
-    "Every public name: its module, its place on the site, and the first line of its docstring."
-    scope = {}
+    "Every public name: its module, its place on the site, its line in the source, and the first line of its docstring."
+    scope, found = {}, []
     exec((ROOT / "keras_mml" / "_modidx.py").read_text(encoding="utf8"), scope)
     for module, symbols in scope["d"]["syms"].items():
         tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf8"))
@@ -84,13 +86,43 @@ def public_names():
         nodes = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         for name in exported:
             if name in nodes:
-                summary = (ast.get_docstring(nodes[name]) or "").split("\n")[0]
-                yield {"name": name, "module": module, "href": symbols[f"{module}.{name}"][0], "summary": plain(summary)}
+                summary = plain((ast.get_docstring(nodes[name]) or "").split("\n")[0])
+                found.append({"name": name, "module": module, "href": symbols[f"{module}.{name}"][0], "line": nodes[name].lineno, "summary": summary})
+    return found
+
+
+def place(dotted):
+    "Where `DenseMML`, `keras_mml.DenseMML` or `keras_mml.layers.dense.DenseMML` is documented; None if that is not clear, or nowhere."
+    module, _, name = dotted.rpartition(".")
+    places = {n["href"] for n in public_names() if n["name"] == name and (n["module"] + ".").startswith(module + "." if module else "")}
+    return places.pop() if len(places) == 1 else None
+
+
+def with_links(markdown, up):
+    "Names in backticks with their modules lead to their sections, as nbdev does it with bare names; and sources are those of this name."
+    link = lambda m: f"[{m[0]}]({up}{place(m[1])})" if place(m[1]) else m[0]
+    fences = re.split(r"(^```.*?^```|^#+ [^\n]*$)", markdown, flags=re.S | re.M)
+    return "".join(re.sub(r"(?<![\[`])`(keras_mml(?:\.\w+)+)`(?![\]`])", link, part) if not part.startswith(("```", "#")) else part for part in fences)
+
+
+def with_source(markdown, path):
+    "The source of what is documented here, also where another module has the same name."
+    config = get_config()
+    here = {n["name"]: n for n in public_names() if n["href"].startswith(path + "#")}
+
+    def source(match):
+        name = here.get(match[2])
+        if name is None:
+            return match[0]
+        file = name["module"].replace(".", "/") + ".py"
+        return f"[source]({config.git_url}/blob/{config.branch}/{file}#L{name['line']}){match[1]}{match[2]}\n"
+
+    return re.sub(r"\[source\]\([^)]*\)(\{[^}]*\}\s*#+ )(\w+)\n", source, markdown)
 
 
 def write_search(site):
     """Public names come first in what both searches read, Quarto's and smalldocs': an entry whose title is exactly what was typed wins.
-    The index is a script, because a browser that shows the site from a folder fetches nothing else."""
+    The index is a script, see assets/site.js."""
     names = sorted(public_names(), key=lambda n: (len(n["name"]), n["name"]))
     entries = [
         {"objectID": f"{n['href']}?name", "href": n["href"], "title": n["name"], "section": f"{n['module']}.{n['name']}", "text": f"{n['name']}: {n['summary']}"}
@@ -101,16 +133,6 @@ def write_search(site):
             entries.append({**entry, "text": " ".join(entry["text"].split())[:1200]})
     (site / "search.json").unlink()
     (site / "assets" / "search.js").write_text(f"window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf8")
-
-
-SEARCH = """<script>{
-  const elsewhere = window.fetch;
-  window.fetch = (url, ...options) => !/search\\.json$/.test(url) ? elsewhere(url, ...options) : new Promise((done, failed) => {
-    const script = Object.assign(document.createElement("script"), {src: "UPassets/search.js", onerror: failed});
-    script.onload = () => done(new Response(JSON.stringify(window.searchIndex)));
-    document.head.append(script);
-  });
-}</script>"""
 
 
 # ---- pages
@@ -175,7 +197,8 @@ def head(page):
     lines.append(f'<link rel="canonical" href="{url}{page.path.removesuffix("index.html")}">')
     lines.append(f'<link rel="alternate" type="application/atom+xml" title="Changelog" href="{page.up}changelog.xml">')
     lines.append(f'<link rel="alternate" type="text/markdown" href="{Path(page.path).with_suffix(".md").name}">')
-    lines.append(SEARCH.replace("UP", urlsplit(address()).path if page.path == "404.html" else page.up))
+    assets = urlsplit(url).path if page.path == "404.html" else page.up
+    lines.append(f'<script src="{assets}assets/site.js" defer></script>')
     return "\n".join(lines)
 
 
@@ -191,8 +214,6 @@ def finish_page(site, page):
     text = ICON_WITH_ROLE.sub(r'\1 aria-hidden="true">', text)
     text = figures_as_files(text, page, site)
     text = re.sub(r'<span class="op">([^<]*)</span>', r"\1", text)  # operators have the colour of the text: a tenth of the page less
-    # what may scroll in its own box can be reached with the keyboard
-    text = re.sub(r"<(pre|table)(?=[ >])(?![^>]*tabindex)", r'<\1 tabindex="0"', text)
     text = re.sub(r'(<button title="Copy to Clipboard")', r'\1 aria-label="Copy the code"', text)
     if page.notebook is not None:
         title = text.index('id="title-block-header"')
@@ -255,7 +276,7 @@ def write_card(site, page):
     draw.text((316, 571), "matmul-free layers for Keras 3", MUTED, font(26, 400))
     target = site / card_path(page)
     target.parent.mkdir(exist_ok=True)
-    card.quantize(48, dither=Image.Dither.NONE).save(target, optimize=True)
+    card.quantize(32, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 # ---- for machines
