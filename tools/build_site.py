@@ -2,6 +2,7 @@
 
     python tools/build_site.py            from the notebooks executed into _build/nbs
     python tools/build_site.py --saved    from the outputs that are saved in nbs/
+                                          (with --if-changed: unless _docs already is that)
     python tools/build_site.py --readme   only README.md, from nbs/index.ipynb
 """
 
@@ -39,10 +40,10 @@ def fingerprint():
     return digest.hexdigest()
 
 
-def is_current():
-    "Whether the site in _docs was built from what is here now."
+def is_current(outputs=""):
+    "Whether the site in _docs was built from what is here now, with these outputs: saved or executed; from any if that is left out."
     stamp = SITE / ".built-from"
-    return stamp.exists() and stamp.read_text() == fingerprint()
+    return stamp.exists() and stamp.read_text().startswith(f"{fingerprint()} {outputs}")
 
 
 def stage(saved):
@@ -161,6 +162,7 @@ def write_readme():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saved", action="store_true", help="use the outputs saved in nbs/")
+    parser.add_argument("--if-changed", action="store_true", help="keep a site that is up to date")
     parser.add_argument("--readme", action="store_true", help="only write README.md")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -168,6 +170,10 @@ def main():
     start = time.time()
     write_readme()
     if args.readme:
+        return
+    sources, outputs = fingerprint(), "saved" if args.saved else "executed"
+    if args.if_changed and is_current(outputs):
+        print(f"→ {SITE.name} is up to date. Open {SITE.name}/index.html")
         return
     print(f"→ building the site with {'Quarto' if shutil.which('quarto') else 'smalldocs (Quarto is not installed)'}")
     stage(args.saved)
@@ -177,7 +183,7 @@ def main():
     finish_site.finish(built, PROCESSED, STAGED)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(built, SITE)
-    (SITE / ".built-from").write_text(fingerprint())
+    (SITE / ".built-from").write_text(f"{sources} {outputs}")
     print(f"→ built in {time.time() - start:.0f} s. Open {SITE.name}/index.html")
 
 

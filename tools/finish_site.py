@@ -403,8 +403,8 @@ def used(rules, words):
     kept = []
     for rule in rules:
         if rule.type == "qualified-rule":
-            selectors = tinycss2.serialize(rule.prelude).split(",")
-            if not any(set(re.findall(r"\.(-?[A-Za-z_][\w-]*)", re.sub(r"\[[^]]*\]", "", s))) <= words for s in selectors):
+            selectors = re.sub(r"\[[^]]*\]|:not\([^)]*\)", "", tinycss2.serialize(rule.prelude)).split(",")
+            if not any(set(re.findall(r"\.(-?[A-Za-z_][\w-]*)", s)) <= words for s in selectors):
                 continue
         elif rule.type == "at-rule" and rule.lower_at_keyword == "media":
             rule.content = used(tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True), words)
