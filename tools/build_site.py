@@ -117,7 +117,7 @@ def documentation(markdown):
 def render():
     "Render _proc into _proc/_docs."
     if shutil.which("quarto"):
-        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute", "-M", "html-math-method:katex"], check=True)
+        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute", "-M", "html-math-method:katex", "-M", "respect-user-color-scheme:true"], check=True)
     else:
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(PROCESSED)], check=True)
     return PROCESSED / "_docs"

@@ -99,7 +99,8 @@ def place(dotted):
 
 
 def with_links(markdown, up):
-    "Names in backticks with their modules lead to their sections, as nbdev does it with bare names; and sources are those of this name."
+    "Names in backticks with their modules lead to their sections, as nbdev does it with bare names; but a layer's `call` is not a kernel's."
+    markdown = re.sub(r"\[(`call`)\]\([^)]*\)", r"\1", markdown)
     link = lambda m: f"[{m[0]}]({up}{place(m[1])})" if place(m[1]) else m[0]
     fences = re.split(r"(^```.*?^```|^#+ [^\n]*$)", markdown, flags=re.S | re.M)
     return "".join(re.sub(r"(?<![\[`])`(keras_mml(?:\.\w+)+)`(?![\]`])", link, part) if not part.startswith(("```", "#")) else part for part in fences)
@@ -257,21 +258,20 @@ def write_card(site, page):
     "The picture that a link to the page shows where people talk: title, summary, and the page's first plot, or the logo."
     card = Image.new("RGB", (1200, 630), "white")
     draw = ImageDraw.Draw(card)
-    plot = first_plot(page)
-    room = 600 if plot else 1040  # for words
-    y, lines = 84, textwrap.wrap(page.title, 19 if plot else 34)
+    logo = (ROOT / "nbs" / "images" / "logo.svg").read_text(encoding="utf8")
+    picture = first_plot(page) or raster(logo, width=300)
+    y, lines = 84, textwrap.wrap(page.title, 19)
     for line in lines:
         draw.text((72, y), line, INK, font(60, 760))
         y += 70
     y += 18
-    for line in textwrap.wrap(page.summary, room // 16)[: 6 - len(lines) + 2]:
+    for line in textwrap.wrap(page.summary, 37)[: 8 - len(lines)]:
         draw.text((72, y), line, MUTED, font(30, 400))
         y += 43
-    if plot:
-        plot.thumbnail((490, 430), Image.LANCZOS)
-        card.paste(plot, (1200 - 60 - plot.width, (540 - plot.height) // 2))
+    picture.thumbnail((490, 430), Image.LANCZOS)
+    card.paste(picture, (1200 - 60 - picture.width, (540 - picture.height) // 2))
     draw.rectangle((0, 540, 1200, 630), SOFT)
-    card.paste(raster((ROOT / "nbs" / "images" / "logo.svg").read_text(encoding="utf8"), width=54).convert("RGB"), (72, 558))
+    card.paste(raster(logo, width=54), (72, 558))
     draw.text((144, 567), "keras_mml", INK, font(30, 700))
     draw.text((316, 571), "matmul-free layers for Keras 3", MUTED, font(26, 400))
     target = site / card_path(page)
