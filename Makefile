@@ -36,7 +36,7 @@ site: setup ## execute the notebooks and build the website into _docs
 	@$(BIN)/python tools/build_site.py $(or_stop)
 
 docs: setup ## build the website from the outputs saved in nbs/, without executing
-	@$(BIN)/python tools/build_site.py --saved $(or_stop)
+	@$(BIN)/python tools/build_site.py --saved --if-changed $(or_stop)
 
 notebooks: setup ## execute the notebooks and save their outputs into nbs/, to be committed
 	@$(BIN)/python tools/execute.py --save $(or_stop)

@@ -6,14 +6,14 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #1c4bc4f7
+# %% ../nbs/index.ipynb #539a8ab5
 import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
-# %% ../nbs/index.ipynb #539a8ab5
+# %% ../nbs/index.ipynb #4a1dc6b6
 def _choose_backend():
     "Where no backend was chosen and Keras' default, tensorflow, is not installed, take one that is: a command line has no `export`."
     file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
@@ -27,7 +27,7 @@ def _choose_backend():
 
 _choose_backend()
 
-# %% ../nbs/index.ipynb #4a1dc6b6
+# %% ../nbs/index.ipynb #8555c3c8
 from . import callbacks, datasets, layers, quantizers
 from .conversion import pack, ternarize, to_dense
 from .inspection import summary

@@ -31,6 +31,7 @@ from .quantizers import NORM_EPSILON, SCALE_EPSILON
 byte, half, word, address, single = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 def vector_of(element, count):
+    "The type of a vector."
     return ir.VectorType(element, count)
 
 def constant(vector, value):
@@ -43,6 +44,7 @@ def call(builder, name, result, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 def pointer(builder, base, offset, target):
+    "The address `base + offset`, as a pointer to a `target`."
     return builder.inttoptr(builder.add(base, address(offset)), target.as_pointer())
 
 def load(builder, base, offset, target):
@@ -97,6 +99,7 @@ def dot_generic(builder, sums, codes, activations):
 
 # %% ../nbs/vector_kernels.ipynb #244391ef
 class InstructionSet(NamedTuple):
+    "What a processor offers, and the tile that fits it."
     name: str
     lanes: int    # 32-bit sums in a vector register
     rows: int     # rows of activations in a tile
@@ -211,6 +214,7 @@ COMPILED = dict(cache=can_cache(), nogil=True, error_model="numpy")
 
 @njit(fastmath={"reassoc", "contract"}, **COMPILED)
 def mean_square(x):
+    "The mean of the squares of a row, summed in double precision."
     total = 0.0
     for k in range(x.size):
         total += np.float64(x[k]) * np.float64(x[k])
@@ -369,10 +373,12 @@ XLA_FRAME_SIZE, XLA_BUFFER_SIZE, XLA_METADATA_SIZE = XLA_FRAME.itemsize, XLA_BUF
 # %% ../nbs/vector_kernels.ipynb #65c37498
 @njit(**COMPILED)
 def xla_buffer(items, i):
+    "The `i`-th buffer of the arguments or results that XLA hands over."
     return numba.carray(at(numba.carray(at(items), i + 1, np.int64)[i]), 1, XLA_BUFFER)[0]
 
 @njit(**COMPILED)
 def xla_size(buffer, axis):
+    "How long an axis of a buffer is."
     return numba.carray(at(buffer.dims), axis + 1, np.int64)[axis]
 
 @njit(**COMPILED)
@@ -409,5 +415,6 @@ def xla_handler(call_frame):
     return 0
 
 def xla_handler_address():
+    "The address at which XLA calls the compiled handler."
     link()
     return c_address(xla_handler, types.int64(types.int64))

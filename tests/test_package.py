@@ -1,5 +1,6 @@
 """What is committed and what is shipped: clean notebooks, and a wheel with the code and nothing else."""
 
+import ast
 import json
 import re
 import subprocess
@@ -27,6 +28,27 @@ def test_notebooks_are_executed_and_clean(path):
             assert output["output_type"] != "error"
             shown = "".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
             assert "\x1b[" not in shown and "\r" not in shown and "\b" not in shown
+
+
+def test_every_public_name_is_documented():
+    "It has a docstring, and its cell is shown on a page: not hidden, and exported from a notebook that has a place in the sidebar."
+    sidebar = (ROOT / "_quarto.yml").read_text(encoding="utf8")
+    shown = set()
+    for path in NOTEBOOKS:
+        sources = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf8"))["cells"] if c["cell_type"] == "code"]
+        module = next((m[1] for s in sources if (m := re.search(r"^#\| default_exp (\S+)", s, re.M))), None)
+        if module and f"href: {path.relative_to(ROOT / 'nbs').as_posix()}" in sidebar:
+            for source in sources:
+                if re.search(r"^#\| exports?$", source, re.M) and "#| hide" not in source:
+                    shown |= {(module, n.name) for n in ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body if hasattr(n, "name")}
+    for path in (ROOT / "keras_mml").rglob("*.py"):
+        module = path.relative_to(ROOT / "keras_mml").with_suffix("").as_posix().replace("/", ".")
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        exported = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
+        for node in tree.body:
+            if getattr(node, "name", None) in exported:
+                assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+                assert (module, node.name) in shown, f"{module}.{node.name} is not shown"
 
 
 def test_the_wheel_holds_the_package_and_no_data(tmp_path):

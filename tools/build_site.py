@@ -2,10 +2,12 @@
 
     python tools/build_site.py            from the notebooks executed into _build/nbs
     python tools/build_site.py --saved    from the outputs that are saved in nbs/
+                                          (with --if-changed: unless _docs already is that)
     python tools/build_site.py --readme   only README.md, from nbs/index.ipynb
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -18,13 +20,31 @@ import demo
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
-from nbdev.doclinks import _build_modidx
+from nbdev.doclinks import NbdevLookup, _build_modidx
 from nbdev.serve import proc_nbs
+
+import finish_site
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
 REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
+
+
+def fingerprint():
+    "Of everything the site is made from."
+    files = [p for top in (SOURCE, ROOT / "keras_mml", ROOT / "tools") for p in sorted(top.rglob("*")) if p.is_file()]
+    files = [p for p in files if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts) and p.suffix != ".tmp"]
+    digest = hashlib.sha256()
+    for path in [*files, ROOT / "_quarto.yml", ROOT / "settings.ini", ROOT / "CHANGELOG.md"]:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_current(outputs=""):
+    "Whether the site in _docs was built from what is here now, with these outputs: saved or executed; from any if that is left out."
+    stamp = SITE / ".built-from"
+    return stamp.exists() and stamp.read_text().startswith(f"{fingerprint()} {outputs}")
 
 
 def stage(saved):
@@ -47,15 +67,24 @@ def process():
     for path in PROCESSED.rglob("*.ipynb"):
         notebook = nbformat.read(path, 4)
         up = "../" * (len(path.relative_to(PROCESSED).parts) - 1)
+        within_section = False
         for cell in notebook.cells:
             cell.source = relative_links(cell.source, up)
+            if cell.cell_type == "markdown":
+                cell.source = finish_site.with_links(cell.source, up)
+            within_section |= cell.cell_type == "markdown" and bool(re.search(r"^## ", cell.source, re.M))
             if cell.cell_type == "code" and re.search(r"^class ", cell.source, re.M):  # long, and just documented
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
-                    data["text/markdown"] = documentation(relative_links(data["text/markdown"], up))
+                    shown = finish_site.with_source(data["text/markdown"], path.relative_to(PROCESSED).with_suffix(".html").as_posix())
+                    shown = finish_site.with_links(documentation(relative_links(shown, up)), up)
+                    data["text/markdown"] = shown if within_section else re.sub(r"^### ", "## ", shown, flags=re.M)
+                if "image/svg+xml" in data:
+                    output["data"] = finish_site.smaller_plot(data)
         nbformat.write(notebook, path)
+    finish_site.write_sources(PROCESSED, lambda text: finish_site.with_links(relative_links(NbdevLookup().linkify(text), ""), ""))
 
 
 def relative_links(text, up):
@@ -90,7 +119,7 @@ def documentation(markdown):
 def render():
     "Render _proc into _proc/_docs."
     if shutil.which("quarto"):
-        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute", "-M", "html-math-method:katex"], check=True)
+        subprocess.run(["quarto", "render", str(PROCESSED), "--no-execute", "-M", "html-math-method:katex", "-M", "respect-user-color-scheme:true"], check=True)
     else:
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(PROCESSED)], check=True)
     return PROCESSED / "_docs"
@@ -137,6 +166,7 @@ def write_readme():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saved", action="store_true", help="use the outputs saved in nbs/")
+    parser.add_argument("--if-changed", action="store_true", help="keep a site that is up to date")
     parser.add_argument("--readme", action="store_true", help="only write README.md")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -145,13 +175,19 @@ def main():
     write_readme()
     if args.readme:
         return
+    sources, outputs = fingerprint(), "saved" if args.saved else "executed"
+    if args.if_changed and is_current(outputs):
+        print(f"→ {SITE.name} is up to date. Open {SITE.name}/index.html")
+        return
     print(f"→ building the site with {'Quarto' if shutil.which('quarto') else 'smalldocs (Quarto is not installed)'}")
     stage(args.saved)
     process()
     built = render()
     localise(built)
+    finish_site.finish(built, PROCESSED, STAGED)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(built, SITE)
+    (SITE / ".built-from").write_text(f"{sources} {outputs}")
     print(f"→ built in {time.time() - start:.0f} s. Open {SITE.name}/index.html")
 
 

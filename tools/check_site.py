@@ -5,6 +5,7 @@
 
 import re
 import sys
+from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -36,6 +37,9 @@ class Page(HTMLParser):
 
 def problems(site):
     "A line for everything that is wrong."
+    config = ConfigParser()
+    config.read(Path(__file__).resolve().parent.parent / "settings.ini")
+    base = config["DEFAULT"]["doc_baseurl"] + "/"  # where the 404 page's links begin
     pages = {path: Page(path.read_text(encoding="utf8")) for path in site.rglob("*.html")}
     for path, page in pages.items():
         where = path.relative_to(site)
@@ -47,7 +51,8 @@ def problems(site):
                 if url in page.loads:
                     yield f"{where} loads {url} from elsewhere"
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            start, place = (site, parts.path.removeprefix(base)) if parts.path.startswith(base) else (path.parent, parts.path)
+            target = (start / unquote(place)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
             if not target.exists():
                 yield f"{where} links to {url}, which does not exist"
