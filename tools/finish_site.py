@@ -140,17 +140,17 @@ def write_search(site):
 
 
 def smaller_plot(data):
-    "A plot without metadata and with coordinates to a hundredth of a point; one of very many strokes as a picture, at twice its size."
+    "A plot without metadata and with coordinates to a hundredth of a point."
     svg = re.sub(r"<metadata>.*?</metadata>\s*|<\?xml.*?\?>\s*|<!DOCTYPE.*?>\s*|<!--.*?-->\s*", "", data["image/svg+xml"], flags=re.S)
     attribute = r"\b(?:d|points|x|y|x1|x2|y1|y2|width|height|viewBox)=\"[^\"]*\"|translate\([^)]*\)"
     svg = re.sub(attribute, lambda a: re.sub(r"-?\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", re.sub(r"\s+", " ", a[0])), svg)
     svg = re.sub(r">\s+<", "><", svg.strip())
-    if len(svg) < 60_000:
-        return {**data, "image/svg+xml": svg}
-    picture = io.BytesIO()
-    raster(svg, zoom=2).quantize(64, dither=Image.Dither.NONE).save(picture, "PNG", optimize=True)
-    rest = {kind: value for kind, value in data.items() if kind != "image/svg+xml"}
-    return {**rest, "image/png": base64.b64encode(picture.getvalue()).decode()}
+    return {**data, "image/svg+xml": svg}
+
+
+def picture(svg, file):
+    "A plot of many strokes as an image, at twice its size and in few colours; a third of the bytes, and sharp on every screen."
+    raster(svg, zoom=2).quantize(64, dither=Image.Dither.NONE).convert("RGB").save(file, lossless=True, method=6)
 
 
 def figures_as_files(text, page, site):
@@ -169,8 +169,12 @@ def figures_as_files(text, page, site):
         else:
             svg = re.sub(r"^<svg alt=\"[^\"]*\"", "<svg", match[0])
             file, content = folder / f"figure-{count}.svg", svg.encode()
+            if len(content) > 20_000:
+                file = file.with_suffix(".webp")
+                picture(svg, file)
             width, height = (round(float(re.search(rf'^<svg[^>]*? {side}="([\d.]+)pt"', svg)[1]) * 4 / 3) for side in ("width", "height"))
-        file.write_bytes(content)
+        if file.suffix != ".webp":
+            file.write_bytes(content)
         return f'<img src="{folder.name}/{file.name}" alt={alt[1] if alt else chr(34) * 2} width="{width}" height="{height}" loading="lazy" class="figure-img">'
 
     return re.sub(r"<svg(?: alt=\"[^\"]*\")? xmlns:xlink=.*?</svg>|<img [^>]*src=\"data:image/png;base64,(?P<png>[^\"]*)\"[^>]*>", image, text, flags=re.S)
