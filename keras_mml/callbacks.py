@@ -8,7 +8,9 @@ __all__ = ['QUANTIZERS', 'SCHEDULES', 'BlendedQuantizer', 'ternary_layers', 'Ble
 
 # %% ../nbs/callbacks.ipynb #e19576f4
 import math
+import numbers
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -53,88 +55,108 @@ class BlendedQuantizer(StraightThroughQuantizer):
 
 # %% ../nbs/callbacks.ipynb #6fe308a9
 def ternary_layers(
-    model,  # a built Keras model
-):          # the `PackableLayer`s inside with latent weights, nested ones included, each once
+    model,        # a built Keras model
+    frozen=True,  # whether to include those with `trainable=False`
+):                # the `PackableLayer`s inside with latent weights, nested ones included, each once
     "The layers whose trits can change. Raises `ValueError` if there are none, and for a model without weights yet."
-    if not model.built:
-        raise ValueError(f"Model '{model.name}' has no weights yet. Call it on a batch, or build it, before `fit`.")
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
     latent = [layer for layer in layers if layer.kernel is not None]
-    if not latent:
-        packed = any(layer.packed for layer in layers)
-        reason = "is packed: its latent weights are gone. Train the model it was packed from" if packed else (
-            "has no layer with a ternary kernel. Those of `keras_mml.layers` such as `DenseMML` have one"
-        )  # fmt: skip
-        raise ValueError(f"Model '{model.name}' {reason}.")
-    return latent
+    trained = {id(weight) for weight in model.trainable_weights}
+    found = [layer for layer in latent if frozen or id(layer.kernel) in trained]
+    if not found:
+        raise ValueError(f"Model '{model.name}' {_reason(model, layers, latent)}.")
+    return found
 
-# %% ../nbs/callbacks.ipynb #e8b9be67
+# %% ../nbs/callbacks.ipynb #c4eea303
+def _reason(model, layers, latent):
+    "Why there is no layer whose trits can change."
+    if latent:
+        return "has only frozen ternary layers. Set `trainable=True` for those that are to learn, or leave the callback out"
+    if any(layer.packed for layer in layers):
+        return "is packed: its latent weights are gone. Train the model it was packed from"
+    if not all(layer.built for layer in model._flatten_layers()):
+        return "has layers without weights yet. Call it on a batch before `fit`"
+    return "has no layer with a ternary kernel. Those of `keras_mml.layers` such as `DenseMML` have one"
+
+# %% ../nbs/callbacks.ipynb #e7f6ed4c
 QUANTIZERS = ("kernel_quantizer", "activation_quantizer")  # the attributes of a `PackableLayer` that hold them
 
 class BlendedSteps:
-    "Steps of a model's trainer that are computed with blended quantizers. It is made when `fit` begins, and serves that `fit` only."
+    "Training steps that are computed with blended quantizers. It is made when `fit` begins, and serves that `fit` only."
 
     def __init__(self, model):
         self.model = model
-        self.fit = getattr(model, "history", None)  # each `fit` has its own
-        self.amount = keras.Variable(0.0, trainable=False, autocast=False, dtype="float32", name="quantization")
-        self.own = [(layer, name, getattr(layer, name)) for layer in ternary_layers(model) for name in QUANTIZERS]
+        self.amount = _AMOUNTS.setdefault(model, keras.Variable(1.0, trainable=False, autocast=False, dtype="float32"))
+        layers = ternary_layers(model, frozen=False)
+        self.own = [(layer, name, getattr(layer, name)) for layer in layers for name in QUANTIZERS]
         self.lent = [(layer, name, BlendedQuantizer(quantizer, self.amount)) for layer, name, quantizer in self.own]
-        self.functions = {}
+        self.function = None  # made when it is called first
 
-    def blend_next(self, name, amount):
-        "Blend by `amount` in the next call of the model's function of this name, such as `train_function`, and only in that."
-        model, plain = self.model, getattr(self.model, name)
+    def blend_next(self, amount):
+        "Blend by `amount` in the next step of `fit`, and only in that."
+        model, plain = self.model, self.model.train_function
 
         def once(*args):
-            setattr(model, name, plain)
-            if getattr(model, "history", None) is not self.fit:  # left over from a `fit` that failed just before this call
-                return plain(*args)
-            self.amount.assign(amount)
+            take_back()
             try:
                 _set(self.lent)
-                return _CALL.get(keras.backend.backend(), _call)(self, name, *args)
+                return _CALL.get(keras.backend.backend(), _call)(self, amount, *args)
             finally:
                 _set(self.own)
 
-        setattr(model, name, once)
+        def make(force=False):
+            take_back()
+            return model.make_train_function(force)
 
-    def function(self, name):
-        "The model's function of this name that is called with the lent quantizers only."
-        if name not in self.functions:
-            plain = getattr(self.model, name)
-            getattr(self.model, f"make_{name}")(force=True)
-            self.functions[name] = getattr(self.model, name)
-            setattr(self.model, name, plain)
-        return self.functions[name]
+        def take_back():
+            vars(model).pop("make_train_function", None)
+            if model.train_function is once:
+                model.train_function = plain
+
+        model.train_function, model.make_train_function = once, make
+
+    def made(self):
+        "The function that is called with the lent quantizers only."
+        if self.function is None:
+            model, plain = self.model, self.model.train_function
+            model.make_train_function(force=True)
+            self.function, model.train_function = model.train_function, plain
+        return self.function
 
 def _set(quantizers):
     for layer, name, quantizer in quantizers:
         setattr(layer, name, quantizer)
 
-# %% ../nbs/callbacks.ipynb #e7f6ed4c
-def _call(steps, name, *args):
-    return steps.function(name)(*args)
+# %% ../nbs/callbacks.ipynb #2a142396
+_AMOUNTS = weakref.WeakKeyDictionary()  # from models to their λ, as what tensorflow compiles may outlive a `fit`
 
-def _call_with_amount(steps, name, state, data):
-    "The call for jax, where the state is lists of values: of the trainable variables, of the others, and more."
-    model, amount, (trainable, others, *rest) = steps.model, steps.amount, state
-    locked = model._tracker.locked  # Keras locks the set of variables once a model is built
+def _call(steps, amount, *args):
+    steps.amount.assign(amount)
     try:
-        model._tracker.unlock()
-        model._track_variable(amount)
-        i = next(i for i, variable in enumerate(model.non_trainable_variables) if variable is amount)
-        others = [*others[:i], ops.copy(amount), *others[i:]]  # a copy, for jax uses the memory of its arguments again
-        outputs, (trainable, others, *rest) = steps.function(name)((trainable, others, *rest), data)
-        return outputs, (trainable, [*others[:i], *others[i + 1 :]], *rest)
+        return steps.made()(*args)
     finally:
-        model._untrack_variable(amount)
-        if locked:
-            model._tracker.lock()
+        steps.amount.assign(1.0)
+
+def _call_with_amount(steps, amount, state, iterator):
+    if steps.function is None:
+        model, train_step = steps.model, steps.model.train_step
+
+        def blended_step(state, data):
+            amount, data = data
+            for _, _, quantizer in steps.lent:
+                quantizer.amount = amount
+            return train_step(state, data)
+
+        try:
+            model.train_step = blended_step
+            steps.made()
+        finally:
+            del model.train_step
+    return steps.function(state, ((np.float32(amount), data) for data in iterator))
 
 _CALL = {"jax": _call_with_amount}
 
-# %% ../nbs/callbacks.ipynb #2a142396
+# %% ../nbs/callbacks.ipynb #d06c5f41
 SCHEDULES = {
     "linear": lambda progress: progress,
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,  # slow at both ends
@@ -142,8 +164,8 @@ SCHEDULES = {
 
 def steps_done(
     model,  # a compiled model
-):          # an integer: how many batches its optimizer has been given
-    "The age of a model's training, in batches; 0 where Keras does not know it."
+):          # an integer: the updates by its optimizer, times the batches that it accumulates for each
+    "The age of a model's training, in batches, as far as its optimizer knows it; 0 without one."
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return 0
@@ -151,30 +173,35 @@ def steps_done(
     updates = int(ops.convert_to_numpy(optimizer.iterations))
     return updates * (getattr(optimizer, "gradient_accumulation_steps", None) or 1)
 
-# %% ../nbs/callbacks.ipynb #0ea53180
+# %% ../nbs/callbacks.ipynb #29a6d750
 class QuantizationWarmup(keras.callbacks.Callback):
     """Let a model whose weights come from floats become ternary gradually.
 
     For the first batches, every ternary layer computes with `v + λ (Q(v) - v)` in the place of the quantised `Q(v)`, for its
     kernel and for its inputs, while λ grows from `initial` to 1. After that, training is what it is without the callback.
 
-    λ follows the count of steps that the optimizer keeps and that is saved with the model: `fit` with `initial_epoch` goes on where
-    a saved model stopped, and a model starts from the beginning when it is compiled again. The λ of the last batch of each
-    epoch is written to the logs as `quantization`.
+    λ grows with each batch. A `fit` begins with the number of updates that the optimizer has counted, which is saved with the model:
+    `fit` with `initial_epoch` goes on where a saved model stopped, and a model starts from the beginning when it is
+    compiled again. The λ of the last batch of each epoch is written to the logs as `quantization`.
 
-    Only the training steps of `fit`, and its validation, compute blended values. What else uses the model meanwhile sees
-    the ternary one: `model.predict`, `model.evaluate`, `model.save` and `keras_mml.pack` called by other callbacks.
+    Only the training steps of `fit` compute blended values, so the `loss` of the logs is that of the blended model. What else uses the
+    model sees the ternary one: validation, and so `val_loss` and the callbacks that look for its best epoch; and
+    `predict`, `evaluate`, `save` and `keras_mml.pack` called by callbacks on their `self.model`. Frozen layers stay ternary.
+
+    With tensorflow, a model whose `call` is compiled by itself, with `tf.function`, keeps what was compiled first: it may not
+    be blended if it was called before, and after the warm-up it computes ternary values up to the rounding of floats.
 
     Args:
         steps: positive integer, the number of batches until λ is 1.
         epochs: or a positive number, the number of epochs.
         schedule: `"linear"`, `"cosine"`, or a function from the share of the steps that are done, a number from 0 to 1, to a
-            number from 0 to 1.
+            number from 0 to 1. A named function, not a lambda, can be pickled.
         initial: number from 0 to 1, where λ starts. With 1 nothing is blended.
 
     Raises:
-        ValueError: for an invalid argument; in `fit`, for a model without ternary layers, a packed one, one that is not built (with
-            tensorflow, where `fit` builds it later), and with `epochs` for data of unknown length.
+        ValueError: for an invalid argument; in `fit`, for a model without ternary layers, with frozen ones only, a packed one, one that
+            is not built (with tensorflow, where `fit` builds it later), with `epochs` for data of unknown length, and for a second
+            warm-up beside the first.
 
     Example:
 
@@ -192,59 +219,53 @@ class QuantizationWarmup(keras.callbacks.Callback):
         if not callable(schedule) and not (isinstance(schedule, str) and schedule in SCHEDULES):
             expected = f"one of {sorted(SCHEDULES)} or a function"
             raise ValueError(f"Received an invalid value for `schedule`, expected {expected}. Received: schedule={schedule!r}")
-        if not isinstance(initial, (int, float)) or not 0 <= initial <= 1:
-            raise ValueError(f"Received an invalid value for `initial`, expected a number from 0 to 1. Received: initial={initial!r}")
+        _check_number(initial=initial, expected="a number from 0 to 1", valid=lambda value: 0 <= value <= 1)
         self.steps = steps
         self.epochs = epochs
-        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.schedule = schedule
         self.initial = initial
+        self.length = steps     # the number of batches until λ is 1; with `epochs`, known when `fit` begins
         self.amount = 1.0       # λ of the last batch that began
-        self.step = 0           # the number of the next one
-        self.counted = 0        # what the optimizer's count was when it was read
+        self.step = None        # the number of the next one
         self.has_acted = False
         self.blended = None     # except while `fit` runs
 
     def amount_at(self, step):
         "λ for the batch of this number, counted from 0. With `epochs`, once `fit` has begun."
-        if step >= self.steps:
+        if self.length is None:
+            raise ValueError("How many batches the epochs of a warm-up have is known once `fit` has begun. Pass `steps` to know it before.")
+        if step >= self.length:
             return 1.0
-        amount = float(self.schedule(step / self.steps))
-        if not 0 <= amount <= 1:
-            raise ValueError(f"`schedule` must return a number from 0 to 1. Received: {amount} for {step / self.steps}")
+        amount = _scheduled(self.schedule, step / self.length)
         return self.initial + (1 - self.initial) * amount
 
-    def set_model(self, model):
-        super().set_model(model)
-        self.blended = None  # what a `fit` that failed has left; an `evaluate` of its own blends nothing
-
     def on_train_begin(self, logs=None):
+        if ONLY_ONE in self.params:  # which all callbacks of a `fit` share
+            raise ValueError("There are two `QuantizationWarmup`s in one `fit`. Pass one.")
+        self.params[ONLY_ONE] = True
         self.blended = BlendedSteps(self.model)
-        self.amount, self.step, self.counted = 1.0, 0, 0
+        self.amount, self.step = 1.0, None
         if self.epochs is not None:
             if self.params["steps"] is None:
                 raise ValueError("How many batches an epoch has is not known for this data. Pass `steps` in the place of `epochs`.")
-            self.steps = max(1, round(self.epochs * self.params["steps"]))
+            self.length = max(1, round(self.epochs * self.params["steps"]))
 
     def on_epoch_begin(self, epoch, logs=None):
-        counted = steps_done(self.model)
-        if counted != self.counted:  # else the model trains with optimizers of its own, and the batches are counted here
-            self.step = self.counted = counted
-        if self.step >= self.steps and epoch == 0 and not self.has_acted:
+        if self.step is None:  # only now, because callbacks may have loaded an optimizer when the training began
+            self.step = steps_done(self.model)
+        if self.step >= self.length and epoch == 0 and not self.has_acted:
             warnings.warn(
-                f"The warm-up of {self.steps} steps has no effect: the optimizer has done {self.step} already. Compile the model "
+                f"The warm-up of {self.length} steps has no effect: the optimizer has done {self.step} already. Compile the model "
                 "again to begin anew."
             )
 
     def on_train_batch_begin(self, batch, logs=None):
         self.amount = self.amount_at(self.step)
-        self.step += self.blended.model.steps_per_execution
+        left = (self.params["steps"] or math.inf) - batch  # in this epoch
+        self.step += min(self.blended.model.steps_per_execution, left)
         if self.amount < 1:
             self.has_acted = True
-            self.blended.blend_next("train_function", self.amount)
-
-    def on_test_batch_begin(self, batch, logs=None):
-        if self.blended is not None and self.amount < 1:
-            self.blended.blend_next("test_function", self.amount)
+            self.blended.blend_next(self.amount)
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
@@ -252,18 +273,36 @@ class QuantizationWarmup(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.blended = None
+        self.params.pop(ONLY_ONE, None)
 
-# %% ../nbs/callbacks.ipynb #d06c5f41
+# %% ../nbs/callbacks.ipynb #bc48909e
+ONLY_ONE = "has_quantization_warmup"
+
+def _scheduled(schedule, progress):
+    value = (SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(progress)
+    try:
+        amount = float(value)
+    except (TypeError, ValueError):
+        amount = math.nan
+    if not 0 <= amount <= 1:
+        raise ValueError(f"`schedule` must return a number from 0 to 1. Received: {value!r} for {progress}")
+    return amount
+
+def _check_number(expected, valid, **argument):
+    ((name, value),) = argument.items()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not valid(value):
+        raise ValueError(f"Received an invalid value for `{name}`, expected {expected}. Received: {name}={value!r}")
+
 def _check_length(steps, epochs):
     if (steps is None) == (epochs is None):
         raise ValueError(f"Pass either `steps` or `epochs`. Received: steps={steps!r}, epochs={epochs!r}")
-    if epochs is None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1):
-        raise ValueError(f"Received an invalid value for `steps`, expected a positive integer. Received: steps={steps!r}")
-    number = isinstance(epochs, (int, float, np.number)) and not isinstance(epochs, bool)
-    if steps is None and not (number and 0 < epochs < math.inf):
-        raise ValueError(f"Received an invalid value for `epochs`, expected a positive number. Received: epochs={epochs!r}")
+    if epochs is None:
+        whole = lambda value: isinstance(value, numbers.Integral) and value > 0
+        _check_number(steps=steps, expected="a positive integer", valid=whole)
+    else:
+        _check_number(epochs=epochs, expected="a positive number", valid=lambda value: 0 < value < math.inf)
 
-# %% ../nbs/callbacks.ipynb #d37a3bba
+# %% ../nbs/callbacks.ipynb #2f7c67a1
 def trits_of(
     layer,  # a `PackableLayer` with a latent kernel
 ):          # int8 NumPy array of -1, 0 and 1, of the shape of the kernel
@@ -271,17 +310,18 @@ def trits_of(
     return ops.convert_to_numpy(ops.cast(layer.kernel_quantizer.quantize(layer.kernel)[0], "int8"))
 
 def named_ternary_layers(
-    model,  # a built Keras model
-):          # a dict from names to layers
+    model,        # a built Keras model
+    frozen=True,  # whether to include those with `trainable=False`
+):                # a dict from names to layers
     "`ternary_layers` by their paths inside the model; where these repeat, with a number behind."
     named = {}
-    for layer in ternary_layers(model):
+    for layer in ternary_layers(model, frozen):
         path = layer.path.removeprefix(f"{model.name}/")
         names = (path if number == 0 else f"{path}_{number}" for number in range(len(named) + 1))
         named[next(name for name in names if name not in named)] = layer
     return named
 
-# %% ../nbs/callbacks.ipynb #b18f73a2
+# %% ../nbs/callbacks.ipynb #5d5cd17d
 class LiveFigure:
     "A plot of curves over epochs that takes the place of the one before, in a notebook; elsewhere nothing, and a warning says so."
 
@@ -322,7 +362,7 @@ def _in_notebook():
         return False
     return getattr(get_ipython(), "kernel", None) is not None
 
-# %% ../nbs/callbacks.ipynb #5d5cd17d
+# %% ../nbs/callbacks.ipynb #95e1c20c
 class TritMonitor(keras.callbacks.Callback):
     """Base of callbacks that count trits after each epoch. A subclass implements `count(name, trits)`, which returns a dict from names
     of logs to numbers of trits.
@@ -336,6 +376,7 @@ class TritMonitor(keras.callbacks.Callback):
     """
 
     label = "share of the trits"
+    frozen = True  # whether layers with `trainable=False` are counted, too
 
     def __init__(self, per_layer=True, plot=False):
         super().__init__()
@@ -348,7 +389,7 @@ class TritMonitor(keras.callbacks.Callback):
         raise NotImplementedError(f"`{type(self).__name__}` must implement `count(name, trits)`.")
 
     def on_train_begin(self, logs=None):
-        self.layers = named_ternary_layers(self.model)
+        self.layers = named_ternary_layers(self.model, self.frozen)
         self.figure = LiveFigure(self.label) if self.plot else None
 
     def on_epoch_end(self, epoch, logs=None):
@@ -365,9 +406,10 @@ class TritMonitor(keras.callbacks.Callback):
         if self.figure is not None:
             self.figure.add(epoch, shares)
 
-# %% ../nbs/callbacks.ipynb #95e1c20c
+# %% ../nbs/callbacks.ipynb #b0d7e8ab
 class SparsityMonitor(TritMonitor):
     """Write the shares of trits that are -1, 0 and 1 to the logs after each epoch, as `trits_minus`, `trits_zero` and `trits_plus`.
+    Frozen layers are counted, too.
 
     Args:
         per_layer: whether the logs also have them for each layer, as in `trits_zero/dense_mml`.
@@ -389,12 +431,13 @@ class SparsityMonitor(TritMonitor):
     def count(self, name, trits):
         return {log: int((trits == trit).sum()) for log, trit in (("trits_minus", -1), ("trits_zero", 0), ("trits_plus", 1))}
 
-# %% ../nbs/callbacks.ipynb #4001daee
+# %% ../nbs/callbacks.ipynb #f985a508
 class FlipRatio(TritMonitor):
     """Write the share of trits that have changed since the epoch before to the logs after each epoch, as `flip_ratio`.
 
-    A trit that changed and changed back is not counted. A warning, once in a `fit`, says when training has stalled: for `patience` epochs,
-    fewer trits than `min_flips` have changed and the monitored loss has not improved.
+    A trit that changed and changed back is not counted, nor are the trits of frozen layers, which cannot change. A warning, once in a
+    `fit`, says when training has stalled: for `patience` epochs, fewer trits than `min_flips` have changed and the monitored
+    loss has not improved. Epochs whose loss is not finite are left out of that. Another warning says when there is no such loss.
 
     Args:
         min_flips: number from 0 to 1, the share of trits below which an epoch counts as one without flips.
@@ -420,13 +463,12 @@ class FlipRatio(TritMonitor):
     """
 
     label = "share of the trits that flipped"
+    frozen = False
 
     def __init__(self, min_flips=1e-4, patience=5, monitor="loss", min_delta=1e-3, per_layer=True, plot=False):
         super().__init__(per_layer=per_layer, plot=plot)
-        if not isinstance(min_flips, (int, float)) or not 0 <= min_flips <= 1:
-            raise ValueError(f"Received an invalid value for `min_flips`, expected a number from 0 to 1. Received: min_flips={min_flips!r}")
-        if not isinstance(min_delta, (int, float)) or not min_delta >= 0:
-            raise ValueError(f"Received an invalid value for `min_delta`, expected a number from 0 on. Received: min_delta={min_delta!r}")
+        _check_number(min_flips=min_flips, expected="a number from 0 to 1", valid=lambda value: 0 <= value <= 1)
+        _check_number(min_delta=min_delta, expected="a number from 0 on", valid=lambda value: value >= 0)
         check_positive_integers(patience=patience)
         self.min_flips = min_flips
         self.patience = patience
@@ -435,6 +477,7 @@ class FlipRatio(TritMonitor):
         self.last = {}     # the trits of each layer after the epoch before
         self.best = None   # the best loss so far
         self.stalled = 0   # for how many epochs
+        self.missed = False
 
     def count(self, name, trits):
         flipped = int((trits != self.last[name]).sum())
@@ -443,7 +486,7 @@ class FlipRatio(TritMonitor):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self.last, self.best, self.stalled = {}, None, 0
+        self.last, self.best, self.stalled, self.missed = {}, None, 0, False
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self.last:  # only now, because callbacks may have loaded weights when the training began
@@ -452,13 +495,17 @@ class FlipRatio(TritMonitor):
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
         super().on_epoch_end(epoch, logs)
-        self._watch(logs["flip_ratio"], logs.get(self.monitor))
+        if self.monitor in logs:
+            self._watch(logs["flip_ratio"], logs[self.monitor])
+        elif not self.missed:
+            self.missed = True
+            warnings.warn(f"`FlipRatio` monitors `{self.monitor}`, which is not in the logs. There are: {', '.join(logs)}")
 
     def on_train_end(self, logs=None):
         self.last = {}
 
     def _watch(self, ratio, loss):
-        if loss is None:  # not measured in this epoch
+        if not math.isfinite(loss):
             return
         improved = self.best is None or loss < self.best - self.min_delta * abs(self.best)
         self.best = loss if improved else self.best
@@ -466,7 +513,7 @@ class FlipRatio(TritMonitor):
         if self.stalled == self.patience:
             warnings.warn(STALLED.format(epochs=self.stalled, ratio=ratio, limit=self.min_flips, monitor=self.monitor, best=self.best))
 
-# %% ../nbs/callbacks.ipynb #54dccfc5
+# %% ../nbs/callbacks.ipynb #f8bb88e9
 STALLED = (
     "Training has stalled: for {epochs} epochs fewer than {limit:.2g} of the trits have changed ({ratio:.2g} in the last one), and "
     "`{monitor}` has not improved on {best:.4g}. The latent weights do not get across the thresholds of rounding. Try a higher "

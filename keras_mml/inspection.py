@@ -11,12 +11,15 @@ import functools
 import html
 import inspect
 import math
+import numbers
 import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -114,33 +117,85 @@ class _Calls:
 
 # %% ../nbs/inspection.ipynb #51832ca8
 #| code-fold: true
-def _sample(model, input_shape):
-    "The arguments of a call on zeros: a tuple, and a dictionary of those with names."
-    def zeros(shape, dtype="float32", batch=None):
-        shape = (batch or shape[0] or 1, *shape[1:])
-        if None in shape:
-            raise ValueError(
-                f"'{model.name}' does not know the sizes of its inputs. Pass them with the batch first, as in "
-                f"`summary(model, input_shape=(1, 28, 28, 1))`. Received: inputs of shape {(None, *shape[1:])}"
-            )
-        return ops.zeros(shape, dtype)
+def _mapped(name, given, expected, is_leaf, function):
+    "What was passed for an argument, in lists, tuples and dictionaries or not, with a function applied to each leaf."
+    def visit(part):
+        if is_leaf(part):
+            return function(part)
+        if isinstance(part, dict) and part:
+            return {key: visit(value) for key, value in part.items()}
+        if isinstance(part, (list, tuple)) and part:
+            return type(part)([visit(value) for value in part])
+        message = f"Received an invalid value for `{name}`, expected {expected}, or a list or dictionary of them."
+        raise ValueError(f"{message} Received: {given!r}")
+    return visit(given)
 
-    given = input_shape and keras.tree.map_shape_structure(lambda shape: zeros(shape), input_shape)
-    if getattr(model, "inputs", None):
-        known = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-        tensors = keras.tree.flatten(given if input_shape else known)
-        sample = [zeros(tuple(t.shape), k.dtype) for t, k in zip(tensors, keras.tree.flatten(known), strict=True)]
-        return (keras.tree.pack_sequence_as(known, sample),), {}
-    if input_shape:
-        return (given,), {}
-    config = model.get_build_config() or {}
-    if config.get("input_shape"):
-        return (keras.tree.map_shape_structure(lambda shape: zeros(shape, batch=1), config["input_shape"]),), {}
-    if not config.get("shapes_dict"):
-        zeros((None, None))
-    return (), {name.removesuffix("_shape"): zeros(shape, batch=1) for name, shape in config["shapes_dict"].items() if shape}
+def _is_shape(value):
+    sizes = value if isinstance(value, (list, tuple)) else ()
+    return len(sizes) > 0 and all(size is None or isinstance(size, numbers.Integral) and size > 0 for size in sizes)
+
+def _zeros(model, shape, dtype="float32"):
+    if None in shape[1:]:
+        raise ValueError(
+            f"'{model.name}' does not know the sizes of its inputs. Pass them with the batch first, as in "
+            f"`summary(model, input_shape=(1, 28, 28, 1))`, or a batch, as in `summary(model, sample=x)`. "
+            f"Received: inputs of shape {(None, *shape[1:])}"
+        )
+    return ops.zeros((shape[0] or 1, *shape[1:]), dtype)
+
+def _batch(name, given):
+    "Tensors of what is a batch, or holds some."
+    def has_samples(part):
+        return len(getattr(part, "shape", ())) > 0 and part.shape[0] > 0
+    return _mapped(name, given, "an array with at least one sample", has_samples, ops.convert_to_tensor)
 
 # %% ../nbs/inspection.ipynb #4ecf90de
+#| code-fold: true
+def _sample(model, input_shape=None, batch=None):
+    "The arguments of a call: a tuple, and a dictionary of those with names."
+    given = batch
+    if input_shape is not None:
+        expected = "a shape with the batch first, as in (1, 28, 28, 1)"
+        given = _mapped("input_shape", input_shape, expected, _is_shape, lambda shape: _zeros(model, shape))
+    if not getattr(model, "inputs", None):
+        return _arguments(model, _known_zeros(model) if given is None else given)
+    known = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    symbols, tensors = keras.tree.flatten(known), keras.tree.flatten(known if given is None else given)
+    if len(tensors) != len(symbols):
+        raise ValueError(f"'{model.name}' has {len(symbols)} inputs. Received: {len(tensors)}")
+    if batch is None:
+        tensors = [_zeros(model, tuple(tensor.shape), symbol.dtype) for tensor, symbol in zip(tensors, symbols)]
+    return (keras.tree.pack_sequence_as(known, tensors),), {}
+
+def _known_zeros(model):
+    "Zeros of the shapes that it was built with."
+    config = model.get_build_config() or {}
+    shapes = {name.removesuffix("_shape"): shape for name, shape in config.get("shapes_dict", {}).items() if shape}
+    shapes = shapes or config.get("input_shape") or (None, None)
+    return _mapped("input_shape", shapes, "a shape", _is_shape, lambda shape: _zeros(model, (1, *shape[1:])))
+
+def _arguments(model, given):
+    "Which arguments of `call` are given: those of the names, or of the places, or the only one."
+    signature = inspect.signature(model.call)
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    several = len(needed) > 1 or any(p.kind is p.VAR_POSITIONAL for p in needed)
+    if isinstance(given, dict) and given.keys() <= signature.parameters.keys():
+        args, kwargs = (), given
+    elif isinstance(given, (list, tuple)) and several:
+        args, kwargs = given, {}
+    else:
+        args, kwargs = (given,), {}
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = {p.name: (1, 8) for p in needed}
+        raise ValueError(
+            f"'{model.name}' cannot be called like this: {error}. Pass something for each of its inputs, as in "
+            f"`summary(model, input_shape={names})`, or the same with batches as `sample`."
+        ) from error
+    return tuple(args), kwargs
+
+# %% ../nbs/inspection.ipynb #f67b57bb
 #| code-fold: true
 def _watch(model, args, kwargs):
     "The calls that one prediction makes."
@@ -149,14 +204,14 @@ def _watch(model, args, kwargs):
     before = [np.array(ops.convert_to_numpy(state)) for state in states]
     calls = _Calls(parts)
     try:
-        model(*args, **kwargs)
+        model(*args, **kwargs, training=False)
     finally:
         calls.restore()
         for state, value in zip(states, before):
             state.assign(value)
     return calls.counts
 
-# %% ../nbs/inspection.ipynb #2a05cd87
+# %% ../nbs/inspection.ipynb #741f38d7
 def _count(multiply=0, add=0, integer_add=0):
     counts = {"float32 multiply": multiply, "float32 add": add, "int32 add": integer_add}
     return Counter({name: int(count) for name, count in counts.items() if count})
@@ -176,7 +231,7 @@ def _has_rule(layer):
     changed = getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False)
     return cls is not object and type(layer).call is cls.call and not changed
 
-# %% ../nbs/inspection.ipynb #741f38d7
+# %% ../nbs/inspection.ipynb #526b7a15
 #| code-fold: true
 _ACTIVATIONS = {  # multiplications and additions for each value
     "linear": (0, 0), "relu": (0, 0), "relu6": (0, 0), "tanh": (0, 0), "exponential": (0, 0), "leaky_relu": (1, 0), "sigmoid": (1, 1),
@@ -196,7 +251,7 @@ def _products(values, terms, bias=False):
     "So many values, each a sum of so many products."
     return _count(values * terms, values * (terms + bool(bias)))
 
-# %% ../nbs/inspection.ipynb #827360d7
+# %% ../nbs/inspection.ipynb #fd97f645
 #| code-fold: true
 @operations.register(layers.Dense)
 def _dense(layer, inputs, outputs):
@@ -210,7 +265,7 @@ def _einsum_dense(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return _products(values, terms, layer.bias is not None) + _activation(layer.activation, values)
 
-# %% ../nbs/inspection.ipynb #fd97f645
+# %% ../nbs/inspection.ipynb #d3297d94
 #| code-fold: true
 def _convolution(layer, inputs, outputs):
     values = math.prod(outputs[0])
@@ -240,7 +295,7 @@ for rule, classes in _RULES.items():
     for cls in classes:
         operations.register(cls, rule)
 
-# %% ../nbs/inspection.ipynb #c7866695
+# %% ../nbs/inspection.ipynb #16167a89
 #| code-fold: true
 def _trits(layer):
     "The trits and scales of a ternary layer, or `None` for a layer that cannot be packed."
@@ -273,7 +328,7 @@ def _convolution_mml(layer, inputs, outputs):
         rounded = places * layer.kernel_size[0] * channels
     return _ternary(layer, rounded, places, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #1a5c893f
+# %% ../nbs/inspection.ipynb #d3470cf2
 #| code-fold: true
 def _each(multiply, add, of="outputs"):
     "A rule for layers that do the same with each value."
@@ -290,19 +345,20 @@ _MOVES = """InputLayer Identity Flatten Reshape Permute RepeatVector Masking Emb
 Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D AlphaDropout GaussianDropout GaussianNoise Cropping1D Cropping2D Cropping3D
 ZeroPadding1D ZeroPadding2D ZeroPadding3D UpSampling1D UpSampling3D MaxPooling1D MaxPooling2D MaxPooling3D GlobalMaxPooling1D
 GlobalMaxPooling2D GlobalMaxPooling3D RNN SimpleRNN GRU LSTM StackedRNNCells TimeDistributed SpectralNormalization"""
-for name in _MOVES.split():
+_AUGMENTATIONS = [name for name in dir(layers) if name.startswith("Random") and name != "RandomCrop"]  # in training only
+for name in [*_MOVES.split(), *_AUGMENTATIONS]:
     operations.register(getattr(layers, name), _nothing)
 for cls in (keras.Sequential, Patches):
     operations.register(cls, _nothing)
 
-# %% ../nbs/inspection.ipynb #d3470cf2
+# %% ../nbs/inspection.ipynb #22a1595c
 #| code-fold: true
 _EACH = {"BatchNormalization": (1, 1), "Normalization": (1, 1), "Rescaling": (1, 1), "UnitNormalization": (2, 1), "LeakyReLU": (1, 0),
          "PReLU": (1, 1), "ELU": (1, 1), "Subtract": (0, 1), "RMSNormalization": (3, 1)}  # fmt: skip
 for name, cost in _EACH.items():
     operations.register(getattr(layers, name), _each(*cost))
 
-# %% ../nbs/inspection.ipynb #22a1595c
+# %% ../nbs/inspection.ipynb #c8bb6410
 #| code-fold: true
 @operations.register(layers.LayerNormalization)
 @operations.register(layers.GroupNormalization)
@@ -324,7 +380,7 @@ for name in ("AveragePooling1D", "AveragePooling2D", "AveragePooling3D"):
     operations.register(getattr(layers, name), _average)
     operations.register(getattr(layers, f"Global{name}"), _average)
 
-# %% ../nbs/inspection.ipynb #c8bb6410
+# %% ../nbs/inspection.ipynb #1a9ae42d
 #| code-fold: true
 @operations.register(layers.Add)
 @operations.register(layers.Average)
@@ -335,7 +391,7 @@ def _merge(layer, inputs, outputs):
         return _count(values * (len(inputs) - 1))
     return _count(values * isinstance(layer, layers.Average), values * (len(inputs) - 1))
 
-# %% ../nbs/inspection.ipynb #1a9ae42d
+# %% ../nbs/inspection.ipynb #e4d5f89d
 #| code-fold: true
 @operations.register(layers.UpSampling2D)
 def _up_sampling(layer, inputs, outputs):
@@ -353,7 +409,7 @@ def _relu(layer, inputs, outputs):
 def _softmax(layer, inputs, outputs):
     return _activation(keras.activations.softmax, math.prod(outputs[0]))
 
-# %% ../nbs/inspection.ipynb #f03b31f9
+# %% ../nbs/inspection.ipynb #64743675
 #| code-fold: true
 def _attend(layer, inputs, heads, key_dim, value_dim):
     query, value = inputs[:2]
@@ -372,6 +428,24 @@ def _multi_head_attention(layer, inputs, outputs):
 def _grouped_query_attention(layer, inputs, outputs):
     return _attend(layer, inputs, layer.num_query_heads, layer.head_dim, layer.head_dim)
 
+@operations.register(layers.Attention)
+@operations.register(layers.AdditiveAttention)
+def _simple_attention(layer, inputs, outputs):
+    (*queries, dim), value = inputs[:2]
+    scores = math.prod(queries) * value[-2]
+    additive = isinstance(layer, layers.AdditiveAttention)
+    if additive or layer.score_mode == "concat":  # a sum of tanh(q + k), with a weight of each term, or one before tanh and one behind
+        compared = _count(scores * (dim * layer.use_scale + (not additive)), 2 * scores * dim)
+    else:
+        compared = _products(scores, dim) + _count(scores * layer.use_scale)
+    return compared + _activation(keras.activations.softmax, scores) + _products(scores, value[-1])
+
+@operations.register(layers.Dot)
+def _dot(layer, inputs, outputs):
+    axis = layer.axes if isinstance(layer.axes, int) else layer.axes[0]
+    around = sum(map(math.prod, inputs[:2])) * layer.normalize  # squares and divisions, and a sum
+    return _products(math.prod(outputs[0]), inputs[0][axis]) + _count(2 * around, around)
+
 @operations.register(MultiHeadAttentionMML)
 def _multi_head_attention_mml(layer, inputs, outputs):
     keys = layer.num_key_value_heads or layer.num_heads
@@ -379,7 +453,7 @@ def _multi_head_attention_mml(layer, inputs, outputs):
     rotary = _count(2 * turned * layer.key_dim, turned * layer.key_dim) if layer.rotary else Counter()
     return rotary + _multi_head_attention(layer, inputs, outputs)
 
-# %% ../nbs/inspection.ipynb #566a4c9c
+# %% ../nbs/inspection.ipynb #c848bf8d
 #| code-fold: true
 @operations.register(layers.SimpleRNNCell)
 def _simple_cell(layer, inputs, outputs):
@@ -394,7 +468,7 @@ def _gru_cell(layer, inputs, outputs):
     gates = _activation(layer.recurrent_activation, 2 * values) + _activation(layer.activation, values)
     return products + biases + gates + _count(3 * values, 5 * values)  # r h, z h + (1 - z) h', and three sums of two products
 
-# %% ../nbs/inspection.ipynb #c848bf8d
+# %% ../nbs/inspection.ipynb #f9055c56
 #| code-fold: true
 @operations.register(layers.LSTMCell)
 def _lstm_cell(layer, inputs, outputs):
@@ -408,7 +482,7 @@ def _bidirectional(layer, inputs, outputs):
     values = math.prod(outputs[0])
     return {"sum": _count(0, values), "mul": _count(values), "ave": _count(values, values)}.get(layer.merge_mode, Counter())
 
-# %% ../nbs/inspection.ipynb #f9055c56
+# %% ../nbs/inspection.ipynb #cf32a000
 #| code-fold: true
 @operations.register(GRUCellMML)
 def _gru_cell_mml(layer, inputs, outputs):
@@ -419,7 +493,7 @@ def _gru_cell_mml(layer, inputs, outputs):
     read = math.prod(outputs[0])  # the last step only, unless it returns sequences
     return gates + recurrence + _activation(layer.recurrent_activation, values) + _count(read)
 
-# %% ../nbs/inspection.ipynb #cf32a000
+# %% ../nbs/inspection.ipynb #343c243a
 #| code-fold: true
 @operations.register(LRUCellMML)
 def _lru_cell_mml(layer, inputs, outputs):
@@ -442,7 +516,7 @@ operations.register(TransformerBlockMML, _each(0, 2))  # the two paths that lead
 def _embedding(layer, inputs, outputs):
     return _count(add=math.prod(outputs[0]) * layer.with_positions)
 
-# %% ../nbs/inspection.ipynb #1b5039df
+# %% ../nbs/inspection.ipynb #e244391f
 #| code-fold: true
 _NODE_COSTS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "TrueDivide": (1, 0), "Divide": (1, 0), "Square": (1, 0)}
 _NODE_MOVES = """Absolute BroadcastTo Cast Concatenate Copy ExpandDims Flip GetItem Maximum Max Min Minimum Moveaxis Negative Pad Relu
@@ -468,7 +542,7 @@ def _operations_of(part, inputs, outputs):
         return Counter()
     return operations(part, inputs, outputs) if _has_rule(part) else Counter(unknown=1)
 
-# %% ../nbs/inspection.ipynb #8f362bd8
+# %% ../nbs/inspection.ipynb #3527d6b7
 ENERGY_PJ = {  # picojoules
     "float32 multiply": 3.7,
     "float32 add": 0.9,
@@ -484,7 +558,7 @@ def energy(
     "The energy of the arithmetic alone, on a chip in 45 nm (Horowitz, ISSCC 2014)."
     return sum(ENERGY_PJ[name] * count for name, count in counts.items() if name != "unknown")
 
-# %% ../nbs/inspection.ipynb #163a199a
+# %% ../nbs/inspection.ipynb #5eb9cb0b
 #| code-fold: true
 def _nbytes(weight):
     digits = re.search(r"\d+", str(weight.dtype))  # also "bfloat16", which NumPy does not know
@@ -516,7 +590,7 @@ def _memory(layer, weights):
 def _kernel(layer):
     return (layer.packed_kernel, layer.kernel_scale) if layer.packed else (layer.kernel,)
 
-# %% ../nbs/inspection.ipynb #512bdb6b
+# %% ../nbs/inspection.ipynb #71b516c9
 #| code-fold: true
 def _packed_copy(model):
     "A copy with packed layers if there are any, compiled as the model is, but with a new optimizer."
@@ -537,9 +611,10 @@ def _saved_bytes(model):
             _packed_copy(model).save(Path(folder) / "packed.keras")
             return (Path(folder) / "packed.keras").stat().st_size
     except Exception as error:  # whatever a configuration can do wrong
-        return f"not possible. {str(error).splitlines()[0]}"
+        first_sentence = re.split(r"(?<=\.)\s", str(error))[0]
+        return f"not possible. {textwrap.shorten(first_sentence, 120, placeholder=' …')}"
 
-# %% ../nbs/inspection.ipynb #3478eaa5
+# %% ../nbs/inspection.ipynb #87466e8a
 #| code-fold: true
 def _rows(model, counts, batch):
     seen = set()
@@ -574,7 +649,7 @@ def _completed(row):
         "complete": "unknown" not in counts,
     }
 
-# %% ../nbs/inspection.ipynb #87466e8a
+# %% ../nbs/inspection.ipynb #5e0a183c
 #| code-fold: true
 def _total(rows):
     counts = Counter(unknown=sum(not row["complete"] for row in rows))
@@ -583,7 +658,7 @@ def _total(rows):
     sums = {key: sum(row[key] for row in rows) for key in _memory(None, [])}
     return _completed({"layer": "total", "class": "", **sums, "operations": +counts})
 
-# %% ../nbs/inspection.ipynb #94dab0d7
+# %% ../nbs/inspection.ipynb #9903750a
 #| code-fold: true
 def _short(value, prefixes=("", "k", "M", "G", "T", "P"), unit=""):
     "Three digits: 200960 becomes `201 k`."
@@ -611,14 +686,14 @@ def _cell(row, key, show):
         return "?" if row[key] is None else ("" if row["complete"] else "≥ ") + show(row[key])
     return "" if row[key] is None or (key == "ternary_parameters" and not row[key]) else show(row[key])
 
-# %% ../nbs/inspection.ipynb #9903750a
+# %% ../nbs/inspection.ipynb #90ee9679
 #| code-fold: true
 def _as_text(title, cells, notes):
     from rich import box, console
     from rich.table import Table
     in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # not in a notebook, nor in a file
     width = shutil.get_terminal_size().columns if in_terminal else 250
-    terminal = console.Console(force_jupyter=False, force_terminal=False, width=width)
+    terminal = console.Console(force_jupyter=False, force_terminal=False, width=width, markup=False, emoji=False, highlight=False)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(_COLUMNS):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
@@ -626,7 +701,7 @@ def _as_text(title, cells, notes):
         table.add_row(*row, end_section=number == len(cells) - 1)
     with terminal.capture() as captured:
         terminal.print(table)
-        terminal.print("\n".join(notes), markup=False, highlight=False)
+        terminal.print("\n".join(notes))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 def _as_html(cells, notes):
@@ -639,7 +714,7 @@ def _as_html(cells, notes):
     table = f"<thead>{row('th', _COLUMNS)}</thead>\n<tbody>\n{rows}\n</tbody>\n<tfoot>{row('th', total)}</tfoot>"
     return f'<table style="font-size: 0.82rem">\n{table}\n</table>\n' + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
-# %% ../nbs/inspection.ipynb #90ee9679
+# %% ../nbs/inspection.ipynb #4de93320
 class Summary:
     """What a model holds and what a prediction costs. `summary` makes it.
 
@@ -702,26 +777,30 @@ class Summary:
     def _repr_html_(self):
         return _as_html(self._cells(), self._lines())
 
-# %% ../nbs/inspection.ipynb #4de93320
+# %% ../nbs/inspection.ipynb #d0a6c85b
 def summary(
     model,             # a built Keras model of any kind, or a layer; it stays as it is
     input_shape=None,  # shape of its inputs with the batch first, or a list or dictionary of shapes, where it does not know them
+    sample=None,       # or a batch, or a list or dictionary of them: for inputs that must not be float zeros
 ):                     # a `Summary`
     """Say what a model holds and what a prediction costs, layer by layer.
 
-    The model runs once, on zeros. Raises `ValueError` for what is not a Keras model or layer, for a model that is not built, and
-    for one that does not know the sizes of its inputs, unless `input_shape` says them.
+    The model runs once, on zeros, or on the sample. A list stands for several arguments of `call`, or for the one that is a list; a
+    dictionary has the names of arguments, or is the one. Raises `ValueError` for what is not a Keras model or layer, for a model
+    that is not built, and for one that does not know the sizes of its inputs, unless `input_shape` or `sample` says them.
     """
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"`summary` takes a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
     if not (model.built or model.weights):
         raise ValueError(f"'{model.name}' has no weights yet. Build it, or call it on a batch, first.")
-    args, kwargs = _sample(model, input_shape)
+    if input_shape is not None and sample is not None:
+        raise ValueError("Pass either `input_shape` or `sample`.")
+    args, kwargs = _sample(model, input_shape, None if sample is None else _batch("sample", sample))
     batch = keras.tree.flatten((args, kwargs))[0].shape[0]
     counts = _watch(model, args, kwargs)
     return Summary(model.name, list(_rows(model, counts, batch)), _saved_bytes(model))
 
-# %% ../nbs/inspection.ipynb #78a44c0f
+# %% ../nbs/inspection.ipynb #b0fd510c
 #| code-fold: true
 _RED, _BLUE, _GREY = "#c1443c", "#2b6cb0", "#8a94a0"
 
@@ -751,7 +830,7 @@ def _grid(axes, count, size):
         raise ValueError(f"There are {count} pictures to draw. Received: {len(axes)} axes")
     return axes
 
-# %% ../nbs/inspection.ipynb #8933c688
+# %% ../nbs/inspection.ipynb #63908ada
 def plot_latent_weights(
     model,      # a model or layer with ternary layers that are not packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -787,7 +866,7 @@ def _draw_histogram(ax, layer):
         ax.set_xticks([-0.5, 0, 0.5], ["−γ/2", "0", "γ/2"], fontsize=8)
     ax.set_yticks([])
 
-# %% ../nbs/inspection.ipynb #c262e6fb
+# %% ../nbs/inspection.ipynb #82feae9a
 def plot_trits(
     model,      # a ternary layer, or a model with some; latent or packed
     axes=None,  # matplotlib axes, one for each of these layers; `None`: new ones
@@ -822,7 +901,7 @@ def _tiles(trits):
     picture = framed.transpose(2, 0, 3, 1).reshape(channels * (height + 1), filters * (width + 1))
     return np.pad(picture, [(0, 1), (0, 1)], constant_values=2)
 
-# %% ../nbs/inspection.ipynb #f043225f
+# %% ../nbs/inspection.ipynb #6386063f
 #| code-fold: true
 def _rounded(found, run):
     "What each ternary layer rounds while `run` runs, as a dictionary of lists of flat arrays."
@@ -848,15 +927,16 @@ def _rounded(found, run):
         run()
     return {path: np.concatenate(arrays) for path, arrays in values.items() if arrays}
 
-# %% ../nbs/inspection.ipynb #fe7a9966
+# %% ../nbs/inspection.ipynb #f8f800b8
 def plot_activations(
     model,    # a model with ternary layers, latent or packed
-    x,        # a batch of inputs
+    x,        # a batch of inputs, or a list or dictionary of batches, as for `summary`
     ax=None,  # matplotlib axes; `None`: new ones
 ):            # the axes
     "The inputs of each ternary layer as they are rounded, one box for each layer. Raises `ValueError` where there is no ternary layer."
     found = _ternary_layers(model)
-    values = _rounded(found, lambda: model(x))
+    args, kwargs = _sample(model, batch=_batch("x", x))
+    values = _rounded(found, lambda: model(*args, **kwargs, training=False))
     if ax is None:
         from matplotlib import pyplot
         _, ax = pyplot.subplots(figsize=(6, 0.7 + 0.35 * len(values)), layout="constrained")
@@ -869,7 +949,7 @@ def plot_activations(
     ax.set_xlabel("inputs, normalised")
     return ax
 
-# %% ../nbs/inspection.ipynb #a22d4276
+# %% ../nbs/inspection.ipynb #7c709d5d
 def plot_costs(
     before,     # a model, or its `Summary`
     after,      # another one
@@ -889,7 +969,7 @@ def plot_costs(
         ax.spines["left"].set_visible(False)
     return axes
 
-# %% ../nbs/inspection.ipynb #7c709d5d
+# %% ../nbs/inspection.ipynb #e21001e0
 def plot_accuracy_against_bits(
     results,         # mapping of names to pairs of a size, in bytes or bits, and an accuracy from 0 to 1
     ax=None,         # matplotlib axes; `None`: new ones
@@ -897,6 +977,7 @@ def plot_accuracy_against_bits(
 ):                   # the axes
     "A point for each model, with its name: size along the logarithmic horizontal axis, accuracy along the vertical one."
     from matplotlib.ticker import PercentFormatter
+    _check_points(results)
     if ax is None:
         from matplotlib import pyplot
         _, ax = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
@@ -908,3 +989,11 @@ def plot_accuracy_against_bits(
     ax.margins(0.25)
     ax.set(xlabel=xlabel, ylabel="accuracy")
     return ax
+
+def _check_points(results):
+    expected = "a mapping of names to pairs of a size above 0 and an accuracy from 0 to 1"
+    def is_point(pair):
+        numeric = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(value, numbers.Real) for value in pair)
+        return numeric and 0 < pair[0] < math.inf and 0 <= pair[1] <= 1
+    if not (isinstance(results, Mapping) and results and all(map(is_point, results.values()))):
+        raise ValueError(f"Received an invalid value for `results`, expected {expected}. Received: {results!r}")

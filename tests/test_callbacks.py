@@ -1,7 +1,9 @@
 """A warm-up leaves nothing behind, whatever happens while it acts; the monitors count what happened."""
 
+import copy
 import csv
 import math
+import pickle
 import warnings
 
 import keras
@@ -70,10 +72,10 @@ class Amounts(keras.callbacks.Callback):
         self.seen.append(self.warmup.amount)
 
 
-def amounts(warmup, epochs=2, model=None, **options):
+def amounts(warmup, epochs=2, model=None, others=()):
     recorder = Amounts(warmup)
     model = model or network()
-    history = model.fit(X, Y, epochs=epochs, callbacks=[warmup, recorder], **{**BATCH, **options})
+    history = model.fit(X, Y, epochs=epochs, callbacks=[*others, warmup, recorder], **BATCH)
     return recorder.seen, history.history
 
 
@@ -131,31 +133,90 @@ def test_data_of_unknown_length():
 
 
 def test_models_whose_optimizer_does_not_count():
-    model, warmup = network(), QuantizationWarmup(steps=8)
-    recorder = Amounts(warmup)
+    model = network()
 
     class Forget(keras.callbacks.Callback):  # as if another optimizer had been used
         def on_epoch_begin(self, epoch, logs=None):
             self.model.optimizer._iterations.assign(0)
 
-    model.fit(X, Y, epochs=2, callbacks=[Forget(), warmup, recorder], **BATCH)
-    assert recorder.seen == [k / 8 for k in range(8)] + [1, 1]
+    assert amounts(QuantizationWarmup(steps=8), model=model, others=[Forget()])[0] == [k / 8 for k in range(8)] + [1, 1]
+
+
+class Updates(keras.callbacks.Callback):
+    "As if the optimizer had made another number of updates in each batch."
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.optimizer._iterations.assign(int(5 * (epoch + 1) * self.number))
+
+
+@pytest.mark.parametrize("number", [0.4, 2])  # loss scaling skips updates; a step of one's own makes several
+def test_batches_are_counted_whatever_the_optimizer_does(number):
+    assert amounts(QuantizationWarmup(steps=12), epochs=3, others=[Updates(number)])[0] == [k / 12 for k in range(12)] + [1, 1, 1]
+
+
+def test_accumulated_gradients_that_do_not_divide_an_epoch():
+    model = network(optimizer=keras.optimizers.SGD(0.01, gradient_accumulation_steps=4))
+    assert amounts(QuantizationWarmup(steps=12), epochs=3, model=model)[0] == [k / 12 for k in range(12)] + [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [{}, dict(steps=3, epochs=1), dict(steps=0), dict(steps=-1), dict(steps=1.5), dict(steps=True), dict(steps="3"), dict(epochs=0),
      dict(epochs=-0.5), dict(epochs=math.nan), dict(epochs=math.inf), dict(steps=3, schedule="quadratic"), dict(steps=3, schedule=[1]),
-     dict(steps=3, schedule=None), dict(steps=3, initial=-0.1), dict(steps=3, initial=1.1), dict(steps=3, initial="0")],
+     dict(steps=3, schedule=None), dict(steps=3, initial=-0.1), dict(steps=3, initial=1.1), dict(steps=3, initial="0"),
+     dict(steps=3, initial=True), dict(steps=3, initial=math.nan), dict(epochs=True)],
 )  # fmt: skip
 def test_invalid_arguments(arguments):
     with pytest.raises(ValueError, match="Received"):
         QuantizationWarmup(**arguments)
 
 
-def test_a_schedule_beyond_its_range():
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        amounts(QuantizationWarmup(steps=8, schedule=lambda progress: 1 - 2 * progress))
+def test_numpy_scalars_are_numbers():
+    assert QuantizationWarmup(steps=np.int64(4), initial=np.float32(0.5)).amount_at(2) == 0.75
+    assert QuantizationWarmup(epochs=np.float32(2)).epochs == 2
+    FlipRatio(min_flips=np.float32(1e-3), min_delta=np.float64(0.1))
+
+
+@pytest.mark.parametrize("schedule", [lambda progress: 1 - 2 * progress, lambda progress: None, lambda progress: "x", lambda progress: math.nan])
+def test_a_schedule_beyond_its_range(schedule):
+    with pytest.raises(ValueError, match="from 0 to 1. Received"):
+        amounts(QuantizationWarmup(steps=8, schedule=schedule))
+
+
+def test_epochs_are_unknown_before_fit():
+    warmup = QuantizationWarmup(epochs=2)
+    with pytest.raises(ValueError, match="once `fit` has begun"):
+        warmup.amount_at(2)
+    amounts(warmup)
+    assert warmup.amount_at(2) == 0.2
+
+
+def squared(progress):
+    return progress**2
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", squared])
+def test_it_can_be_pickled(schedule):
+    warmup = QuantizationWarmup(steps=8, schedule=schedule)
+    copies = [pickle.loads(pickle.dumps(warmup)), copy.deepcopy(warmup)]
+    assert all(w.amount_at(step) == warmup.amount_at(step) for w in copies for step in range(9))
+    pickle.dumps([FlipRatio(), SparsityMonitor()])
+
+
+def test_two_in_one_fit():
+    model = network()
+    with pytest.raises(ValueError, match="two `QuantizationWarmup`s"):
+        model.fit(X, Y, callbacks=[QuantizationWarmup(steps=4), QuantizationWarmup(steps=6)], **BATCH)
+    warmup = QuantizationWarmup(steps=4)
+    with pytest.raises(ValueError, match="two `QuantizationWarmup`s"):
+        model.fit(X, Y, callbacks=[warmup, warmup], **BATCH)
+    amounts(warmup, model=model)  # one after the other is fine
+    amounts(warmup, model=model)
+    assert {type(layer.kernel_quantizer).__name__ for layer in model.layers} == {"AbsmeanTernary"}
 
 
 @pytest.mark.parametrize("callback", [lambda: QuantizationWarmup(steps=3), FlipRatio, SparsityMonitor])
@@ -165,6 +226,52 @@ def test_models_without_latent_ternary_weights(callback):
     packed = keras_mml.pack(network())
     with pytest.raises(ValueError, match="is packed"):
         packed.fit(X, Y, callbacks=[callback()], **BATCH)
+
+
+class Built(keras.Model):
+    "It calls itself built, as a subclass without `build` does when it is asked to build."
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = DenseMML(16)
+        self.built = True
+
+    def call(self, x):
+        return self.hidden(x)
+
+
+def test_models_that_are_built_and_their_layers_are_not():
+    for model in (Built(), keras.Sequential([DenseMML(3)])):
+        with pytest.raises(ValueError, match="without weights yet. Call it on a batch"):
+            ternary_layers(model)
+
+
+@pytest.mark.parametrize("callback", [lambda: QuantizationWarmup(steps=3), FlipRatio])
+def test_models_with_frozen_layers_only(callback):
+    model = network()
+    for layer in model.layers:
+        layer.trainable = False
+    model = compiled(keras.Sequential([model, keras.layers.Dense(3)]))
+    with pytest.raises(ValueError, match="only frozen"):
+        model.fit(X, Y, callbacks=[callback()], **BATCH)
+    assert "trits_zero" in model.fit(X, Y, callbacks=[SparsityMonitor()], **BATCH).history
+
+
+def test_frozen_layers_stay_ternary():
+    "The first layer of a float network is made ternary and frozen: the second one alone is blended."
+    inside = {}
+
+    class Watch(DenseMML):
+        def call(self, inputs, training=None):
+            inside.setdefault(self.name, set()).add(type(self.kernel_quantizer).__name__)
+            return super().call(inputs, training=training)
+
+    model = network(Watch)
+    model.get_layer("hidden").trainable = False
+    inside.clear()
+    history = compiled(model).fit(X, Y, callbacks=[QuantizationWarmup(steps=100), FlipRatio(), SparsityMonitor()], **BATCH).history
+    assert inside["hidden"] == {"AbsmeanTernary"} and "BlendedQuantizer" in inside["output"]
+    assert "flip_ratio/output" in history and "flip_ratio/hidden" not in history and "trits_zero/hidden" in history
 
 
 def test_a_warmup_that_is_over_before_it_begins_says_so():
@@ -186,9 +293,10 @@ def test_zero_is_float_training():
     dense.set_weights(ternary.get_weights())
     warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
     ours = ternary.fit(X, Y, epochs=4, validation_data=(X[:32], Y[:32]), callbacks=[warmup], **BATCH).history
-    theirs = dense.fit(X, Y, epochs=4, validation_data=(X[:32], Y[:32]), **BATCH).history
+    theirs = dense.fit(X, Y, epochs=4, **BATCH).history
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
-    np.testing.assert_allclose(ours["val_loss"], theirs["val_loss"], rtol=1e-4)  # validation is blended, too
+    np.testing.assert_allclose(ours["val_loss"][-1], ternary.evaluate(X[:32], Y[:32], verbose=0), rtol=1e-5)  # of the ternary model
+    assert abs(ours["val_loss"][-1] / dense.evaluate(X[:32], Y[:32], verbose=0) - 1) > 0.01
     plain = network(norm=None).fit(X, Y, epochs=4, **BATCH).history
     assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
 
@@ -291,7 +399,7 @@ def test_others_see_the_ternary_model_meanwhile():
             seen["packed"] = keras_mml.pack(self.model).predict(X, verbose=0)
             seen["evaluated"] = self.model.evaluate(X, Y, verbose=0)
             seen["weights"] = self.model.get_weights()
-            seen["blended"] = logs["val_loss"]
+            seen["validated"] = logs["val_loss"]
 
     warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
     model = network()
@@ -302,7 +410,7 @@ def test_others_see_the_ternary_model_meanwhile():
     for name in ("predicted", "called", "packed"):
         np.testing.assert_allclose(seen[name], expected, rtol=1e-4, atol=1e-5)
     assert seen["evaluated"] == pytest.approx(plain.evaluate(X, Y, verbose=0), rel=1e-5)
-    assert abs(seen["blended"] / seen["evaluated"] - 1) > 1e-3
+    assert seen["validated"] == pytest.approx(seen["evaluated"], rel=1e-5)
 
 
 def test_an_evaluation_of_its_own_blends_nothing():
@@ -416,6 +524,77 @@ def test_the_best_weights_are_restored():
     model = network()
     model.fit(X, Y, epochs=5, callbacks=[QuantizationWarmup(steps=100), stopping], **BATCH)
     assert stopping.stopped_epoch >= 0
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_a_step_that_does_not_come_leaves_nothing(error):
+    "Another callback fails between the lending and the step."
+
+    def interrupted():
+        model = network(norm=None)
+        with pytest.raises(error):
+            failing = Raise("on_train_batch_begin", error, epoch=0, batch=0)
+            model.fit(X, Y, callbacks=[QuantizationWarmup(steps=1000), failing], **BATCH)
+        return model
+
+    expected = network(norm=None).evaluate(X, Y, verbose=0)
+    assert interrupted().evaluate(X, Y, verbose=0) == expected
+    assert interrupted().train_on_batch(X, Y) == pytest.approx(expected, rel=1e-5)
+    model, plain = interrupted(), network(norm=None)
+    for m in (model, plain):
+        m.fit(X, Y, **BATCH)
+    assert_same(state(model), state(plain))
+    assert not {"make_train_function", "train_step"} & vars(model).keys()
+    model = compiled(interrupted())  # which drops the functions
+    model.fit(X, Y, **BATCH)
+    assert_same(numpy_weights(model), numpy_weights(plain))
+
+
+def test_the_best_epoch_is_that_of_the_ternary_model(tmp_path):
+    model, path = network(norm=None), tmp_path / "best.keras"
+    weights, losses = [], []
+
+    class Keep(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            weights.append(self.model.get_weights())
+            losses.append(self.model.evaluate(X, Y, verbose=0))
+
+    best = keras.callbacks.ModelCheckpoint(path, monitor="val_loss", save_best_only=True)
+    stopping = keras.callbacks.EarlyStopping(patience=10, restore_best_weights=True)
+    callbacks_ = [QuantizationWarmup(epochs=4), Keep(), best, stopping]
+    history = compiled(model, keras.optimizers.Adam(0.05)).fit(X, Y, epochs=6, validation_data=(X, Y), callbacks=callbacks_, **BATCH).history
+    assert history["val_loss"] == pytest.approx(losses, rel=1e-5)
+    assert_same(numpy_weights(model), weights[int(np.argmin(losses))])
+    assert_same(numpy_weights(keras.saving.load_model(path)), weights[int(np.argmin(losses))])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a function of tensorflow")
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_call_that_tensorflow_has_compiled_by_itself(called_before):
+    import gc
+
+    import tensorflow as tf
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = DenseMML(16, norm=None), DenseMML(3, norm=None)
+
+        @tf.function
+        def call(self, x):
+            return self.head(self.hidden(x))
+
+    keras.utils.set_random_seed(0)
+    model = compiled(Own())
+    model(X)
+    if called_before:
+        model.predict(X, batch_size=16, verbose=0)
+    for _ in range(2):
+        model.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=[QuantizationWarmup(steps=8)], **BATCH)
+        gc.collect()
+        expected = model.head.call(model.hidden.call(X))
+        np.testing.assert_allclose(model.predict(X, batch_size=16, verbose=0), expected, rtol=1e-4, atol=1e-5)
+        compiled(model)
 
 
 @pytest.mark.parametrize(
@@ -625,10 +804,18 @@ def test_what_is_no_stall():
     assert stall(np.linspace(1, 0.5, 10), [0.0] * 10, patience=3) == []  # the loss improves
     assert stall([1.0] * 10, [0.01] * 10, patience=3) == []  # trits flip
     assert stall([1.0] * 10, [0, 0, 0, 0.5, 0, 0, 0.5, 0, 0, 0.5], patience=3) == []  # now and then
-    assert stall([None] * 10, [0.0] * 10, patience=3) == []  # not measured
+    assert stall([math.nan] * 10, [0.0] * 10, patience=3) == []  # it has another illness
+    assert stall([1.0, math.inf, 0.5, math.nan, 0.2], [0.0] * 5, patience=2) == []
     assert len(stall([1.0, 0.9999, 0.9998, 0.9997], [0.0] * 4, patience=3)) == 1  # hardly improves
     assert stall([1.0, 0.9999, 0.9998, 0.9997], [0.0] * 4, patience=3, min_delta=0) == []
-    assert len(stall([math.nan] * 10, [0.0] * 10, patience=3)) == 1
+
+
+def test_a_loss_that_is_missing_is_reported_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_tiny(FlipRatio(monitor="val_los"))
+    messages = [str(w.message) for w in caught if "val_los" in str(w.message)]
+    assert len(messages) == 1 and "loss" in messages[0] and "flip_ratio" in messages[0]
 
 
 def test_a_stall_in_a_real_training():

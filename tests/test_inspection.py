@@ -139,6 +139,8 @@ def test_normalisations_poolings_and_merges():
     assert counts(layers.LeakyReLU(), shape=(4,)) == floats(4, 0)
     quiet = chain(layers.MaxPooling2D(), layers.ReLU(), layers.Flatten(), layers.Dropout(0.5), shape=(4, 4, 3))
     assert summary(quiet).rows == [] and summary(quiet).total["energy_pj"] == 0
+    augmented = chain(layers.RandomFlip(), layers.RandomRotation(0.5), layers.RandomContrast(0.5), shape=(4, 4, 3))
+    assert summary(augmented).total["complete"] and summary(augmented).total["multiplications"] == 0
     a, b, c = (keras.Input((5,)) for _ in range(3))
     for merge, expected in [(layers.Add(), (0, 10)), (layers.Average(), (5, 10)), (layers.Multiply(), (10, 0))]:
         assert row(keras.Model([a, b, c], merge([a, b, c])), merge.name)["operations"] == floats(*expected)
@@ -195,6 +197,33 @@ def test_grouped_and_ternary_attention():
     turned = 6 * (4 + 2) * 8  # values, each two products and a sum
     assert row(model, "mha")["operations"] == floats(expected["float32 multiply"] + 2 * turned, expected["float32 add"] + turned)
     assert row(model, "mha/key")["ternary_parameters"] == 16 * 16
+
+
+def test_attention_without_projections():
+    q, v = keras.Input((6, 8)), keras.Input((7, 5))
+    k = keras.Input((7, 8))
+    scores, dim = 6 * 7, 8
+    behind = scores + scores * 5, 2 * scores + scores * 5  # softmax, and the sum of values
+    for layer, (multiply, add) in [
+        (layers.Attention(), (scores * dim, scores * dim)),
+        (layers.Attention(use_scale=True), (scores * dim + scores, scores * dim)),
+        (layers.Attention(score_mode="concat"), (scores, 2 * scores * dim)),
+        (layers.Attention(score_mode="concat", use_scale=True), (scores * dim + scores, 2 * scores * dim)),
+        (layers.AdditiveAttention(), (scores * dim, 2 * scores * dim)),
+        (layers.AdditiveAttention(use_scale=False), (0, 2 * scores * dim)),
+    ]:
+        model = keras.Model([q, v, k], layer([q, v, k]))
+        assert row(model, layer.name)["operations"] == floats(multiply + behind[0], add + behind[1])
+
+
+def test_dot():
+    a, b = keras.Input((6, 8)), keras.Input((7, 8))
+    for axes in (2, -1, (2, 2)):
+        layer = layers.Dot(axes)
+        assert row(keras.Model([a, b], layer([a, b])), layer.name)["operations"] == floats(42 * 8, 42 * 8)
+    a, b = keras.Input((8,)), keras.Input((8,))
+    layer = layers.Dot(1, normalize=True)  # squares and divisions of 16 values, and their sums
+    assert row(keras.Model([a, b], layer([a, b])), layer.name)["operations"] == floats(8 + 32, 8 + 16)
 
 
 def test_attention_over_one_of_two_axes():
@@ -379,6 +408,80 @@ def test_several_inputs():
     with pytest.raises(ValueError, match="input_shape"):
         summary(model)
     assert row(model, "head", input_shape={"a": (None, 4), "b": (None, 3, 7)})["operations"] == floats(16, 18)
+
+
+class Pair(keras.Model):
+    "Indices into a table, and weights for what is found there."
+
+    def __init__(self):
+        super().__init__(name="pair")
+        self.table, self.head = layers.Embedding(10, 4), layers.Dense(3, name="head")
+
+    def call(self, indices, weights, shift=None):
+        vectors = self.table(indices) * ops.expand_dims(weights, -1)
+        return self.head(vectors if shift is None else vectors + shift)
+
+
+def test_several_arguments():
+    class Sum(keras.Model):
+        def __init__(self):
+            super().__init__(name="sum")
+            self.head = layers.Dense(3, name="head")
+
+        def call(self, a, b):
+            return self.head(a + b)
+
+    model = Sum()
+    model(np.ones((2, 4)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="'sum' cannot be called like this: missing.*'b'.*input_shape={'a': \\(1, 8\\), 'b': \\(1, 8\\)}"):
+        summary(model)
+    for shapes in ([(1, 4), (1, 4)], ((None, 4), [None, 4]), {"a": (1, 4), "b": (1, 4)}):
+        assert row(model, "head", input_shape=shapes)["operations"] == floats(12, 15)
+    with pytest.raises(ValueError, match="cannot be called"):
+        summary(model, input_shape=[(1, 4)] * 3)
+
+
+def test_layers_with_several_arguments_alone():
+    mha = layers.MultiHeadAttention(2, 4, name="mha")
+    mha.build((None, 6, 8), (None, 7, 8))
+    for shapes in ([(1, 6, 8), (1, 7, 8)], {"query": (1, 6, 8), "value": (1, 7, 8)}, [(1, 6, 8), (1, 7, 8), (1, 7, 8)]):
+        assert row(mha, "mha", input_shape=shapes)["operations"] == attention(6, 7, 2, 4, 4)
+    cell = layers.GRUCell(4, name="cell")
+    cell.build((None, 3))
+    with pytest.raises(ValueError, match="'cell' cannot be called like this: missing.*'states'"):
+        summary(cell)
+    for shapes in ([(1, 3), [(1, 4)]], {"inputs": (1, 3), "states": [(1, 4)]}):
+        assert summary(cell, input_shape=shapes).total["multiplications"] == 3 * 4 * 7 + 5 * 4
+
+
+def test_a_sample():
+    model, indices, weights = Pair(), np.array([[1, 2, 9], [3, 4, 0]]), np.ones((2, 3), "float32")
+    model(indices, weights)
+    for sample in ([indices, weights], (indices, weights), {"indices": indices, "weights": weights}, [indices, weights, np.ones(4)]):
+        assert row(model, "head", sample=sample)["operations"] == floats(3 * 12, 3 * 15)
+    known = chain(layers.Embedding(10, 4), layers.Dense(3, name="head"), shape=(None,), dtype="int32")
+    assert row(known, "head", sample=indices)["operations"] == floats(3 * 12, 3 * 15)
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    named = keras.Model({"a": a, "b": b}, layers.Dense(3, name="head")(a + b))
+    for sample in ({"a": np.ones((2, 4)), "b": np.ones((2, 4))}, [ops.ones((2, 4)), np.ones((2, 4))]):
+        assert row(named, "head", sample=sample)["operations"] == floats(12, 15)
+
+
+def test_wrong_samples_and_shapes():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    two = keras.Model([a, b], layers.Dense(3, name="head")(a + b))
+    for wrong in (dict(input_shape=(1, 4)), dict(sample=np.ones((1, 4))), dict(input_shape=[(1, 4)] * 3)):
+        with pytest.raises(ValueError, match="has 2 inputs. Received: [13]"):
+            summary(two, **wrong)
+    one = chain(layers.Dense(3), shape=(4,))
+    for shape in ("abc", (), 3, (1, "4"), (0, 4), (1, -4), [(1, 4), "x"], {}):
+        with pytest.raises(ValueError, match="invalid value for `input_shape`.*Received"):
+            summary(one, input_shape=shape)
+    for sample in ("abc", [], 3, np.ones((0, 4)), [[1.0, 2.0]], {}, np.float32(1)):
+        with pytest.raises(ValueError, match="invalid value for `sample`.*Received"):
+            summary(one, sample=sample)
+    with pytest.raises(ValueError, match="either"):
+        summary(one, input_shape=(1, 4), sample=np.ones((1, 4)))
 
 
 def test_a_layer_alone():
@@ -567,6 +670,24 @@ def test_display(capsys):
     assert {type(v) for v in result.total.values()} <= {int, float, str, dict, bool}
 
 
+def test_names_are_not_markup():
+    result = str(summary(chain(DenseMML(4, name="conv[a]"), layers.Dense(3, name="[bold]x"), layers.Dense(3, name=":smile:"), shape=(4,))))
+    assert all(name in result for name in ("conv[a]", "[bold]x", ":smile:")) and "\x1b" not in result
+
+
+def test_why_there_is_no_file_is_short(monkeypatch):
+    from keras_mml import inspection
+
+    def fail(model):
+        raise ValueError("It is not possible. " + "Because of this and that. " * 20)
+
+    monkeypatch.setattr(inspection, "_packed_copy", fail)
+    assert summary(chain(layers.Dense(3), shape=(4,))).saved == "not possible. It is not possible."
+    monkeypatch.undo()
+    saved = summary(chain(layers.Lambda(lambda x: x * 2), shape=(4,))).saved
+    assert len(saved) < 140 and "\n" not in saved
+
+
 def test_units():
     from keras_mml.inspection import _bytes, _joules, _short
     assert [_short(n) for n in (0, 5, 999, 1000, 999_500, 200_960, 1_050_000)] == ["0", "5", "999", "1 k", "1 M", "201 k", "1.05 M"]
@@ -646,7 +767,33 @@ def test_plots_of_costs(model):
     assert [text.get_text() for text in ax.texts] == ["a", "b"] and ax.get_xscale() == "log"
 
 
+def test_plots_of_activations_with_several_arguments():
+    class Sum(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = DenseMML(3, name="head")
+
+        def call(self, a, b):
+            return self.head(a + b)
+
+    model, x = Sum(), np.random.default_rng(0).normal(size=(2, 4)).astype("float32")
+    model(x, x)
+    assert [label.get_text() for label in plot_activations(model, [x, x]).get_yticklabels()] == ["head"]
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    "results",
+    [None, {}, 3, {"a": 5}, {"a": (1, 2, 3)}, {"a": (0, 0.9)}, {"a": (-1, 0.9)}, {"a": (100, 95)}, {"a": ("1", 0.9)}, {"a": (1, math.nan)}],
+)
+def test_points_that_are_none(results):
+    with pytest.raises(ValueError, match="invalid value for `results`.*accuracy from 0 to 1. Received"):
+        plot_accuracy_against_bits(results)
+
+
 def test_plots_say_what_is_missing(model):
+    with pytest.raises(ValueError, match="invalid value for `x`.*at least one sample"):
+        plot_activations(model, np.ones((0, 6, 6, 1)))
     plain = chain(layers.Dense(3), shape=(4,))
     for plot in (plot_latent_weights, plot_trits, lambda m: plot_activations(m, np.ones((2, 4)))):
         with pytest.raises(ValueError, match="no ternary layer"):
