@@ -46,7 +46,7 @@ test: setup ## run the notebooks, the docstring examples and tests/ on torch
 	@echo "→ notebooks"
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing $(or_stop)
 	@echo "→ docstring examples and tests/ on $(KERAS_BACKEND)"
-	@$(BIN)/python -m pytest -n 2 --doctest-modules keras_mml tests $(or_stop)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules keras_mml tests $(or_stop)
 
 test-backends: test-on-jax test-on-tensorflow ## run the library's notebooks and tests/ on jax and tensorflow
 test-on-%: .venv/.ready-backends
@@ -54,7 +54,7 @@ test-on-%: .venv/.ready-backends
 	@KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print \
 	    --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' $(or_stop)
 	@echo "→ docstring examples and tests/ on $*"
-	@KERAS_BACKEND=$* JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --doctest-modules keras_mml tests $(or_stop)
+	@KERAS_BACKEND=$* JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules keras_mml tests $(or_stop)
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export $(or_stop)

@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZERS', 'SCHEDULES', 'BlendedQuantizer', 'ternary_layers', 'BlendedSteps', 'steps_done', 'QuantizationWarmup',
            'trits_of', 'named_ternary_layers', 'LiveFigure', 'TritMonitor', 'SparsityMonitor', 'FlipRatio']
 
-# %% ../nbs/callbacks.ipynb #e19576f4
+# %% ../nbs/callbacks.ipynb #eae7f181
 import math
 import numbers
 import warnings
@@ -20,7 +20,7 @@ from .layers.arguments import check_positive_integers
 from .layers.packed import PackableLayer
 from .quantizers import StraightThroughQuantizer, straight_through, to_float32
 
-# %% ../nbs/callbacks.ipynb #505ad329
+# %% ../nbs/callbacks.ipynb #d074df7d
 class BlendedQuantizer(StraightThroughQuantizer):
     """Values between `x` and what another quantizer makes of it: `x + amount * (Q(x) - x)`. It lives as long as a training.
 
@@ -53,7 +53,7 @@ class BlendedQuantizer(StraightThroughQuantizer):
         values, scale = self.quantize(fixed)
         return straight_through(x, fixed + self.amount * (values * scale - fixed))
 
-# %% ../nbs/callbacks.ipynb #6fe308a9
+# %% ../nbs/callbacks.ipynb #c4eea303
 def ternary_layers(
     model,        # a built Keras model
     frozen=True,  # whether to include those with `trainable=False`
@@ -67,7 +67,7 @@ def ternary_layers(
         raise ValueError(f"Model '{model.name}' {_reason(model, layers, latent)}.")
     return found
 
-# %% ../nbs/callbacks.ipynb #c4eea303
+# %% ../nbs/callbacks.ipynb #e8b9be67
 def _reason(model, layers, latent):
     "Why there is no layer whose trits can change."
     if latent:
@@ -78,7 +78,7 @@ def _reason(model, layers, latent):
         return "has layers without weights yet. Call it on a batch before `fit`"
     return "has no layer with a ternary kernel. Those of `keras_mml.layers` such as `DenseMML` have one"
 
-# %% ../nbs/callbacks.ipynb #e7f6ed4c
+# %% ../nbs/callbacks.ipynb #67d686fb
 QUANTIZERS = ("kernel_quantizer", "activation_quantizer")  # the attributes of a `PackableLayer` that hold them
 
 class BlendedSteps:
@@ -127,7 +127,7 @@ def _set(quantizers):
     for layer, name, quantizer in quantizers:
         setattr(layer, name, quantizer)
 
-# %% ../nbs/callbacks.ipynb #2a142396
+# %% ../nbs/callbacks.ipynb #0ea53180
 _AMOUNTS = weakref.WeakKeyDictionary()  # from models to their λ, as what tensorflow compiles may outlive a `fit`
 
 def _call(steps, amount, *args):
@@ -156,7 +156,7 @@ def _call_with_amount(steps, amount, state, iterator):
 
 _CALL = {"jax": _call_with_amount}
 
-# %% ../nbs/callbacks.ipynb #d06c5f41
+# %% ../nbs/callbacks.ipynb #29a6d750
 SCHEDULES = {
     "linear": lambda progress: progress,
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,  # slow at both ends
@@ -173,7 +173,7 @@ def steps_done(
     updates = int(ops.convert_to_numpy(optimizer.iterations))
     return updates * (getattr(optimizer, "gradient_accumulation_steps", None) or 1)
 
-# %% ../nbs/callbacks.ipynb #29a6d750
+# %% ../nbs/callbacks.ipynb #bc48909e
 class QuantizationWarmup(keras.callbacks.Callback):
     """Let a model whose weights come from floats become ternary gradually.
 
@@ -275,7 +275,7 @@ class QuantizationWarmup(keras.callbacks.Callback):
         self.blended = None
         self.params.pop(ONLY_ONE, None)
 
-# %% ../nbs/callbacks.ipynb #bc48909e
+# %% ../nbs/callbacks.ipynb #6f65b984
 ONLY_ONE = "has_quantization_warmup"
 
 def _scheduled(schedule, progress):
@@ -302,7 +302,7 @@ def _check_length(steps, epochs):
     else:
         _check_number(epochs=epochs, expected="a positive number", valid=lambda value: 0 < value < math.inf)
 
-# %% ../nbs/callbacks.ipynb #2f7c67a1
+# %% ../nbs/callbacks.ipynb #b18f73a2
 def trits_of(
     layer,  # a `PackableLayer` with a latent kernel
 ):          # int8 NumPy array of -1, 0 and 1, of the shape of the kernel
@@ -321,7 +321,7 @@ def named_ternary_layers(
         named[next(name for name in names if name not in named)] = layer
     return named
 
-# %% ../nbs/callbacks.ipynb #5d5cd17d
+# %% ../nbs/callbacks.ipynb #3af3e245
 class LiveFigure:
     "A plot of curves over epochs that takes the place of the one before, in a notebook; elsewhere nothing, and a warning says so."
 
@@ -362,7 +362,7 @@ def _in_notebook():
         return False
     return getattr(get_ipython(), "kernel", None) is not None
 
-# %% ../nbs/callbacks.ipynb #95e1c20c
+# %% ../nbs/callbacks.ipynb #06e392b6
 class TritMonitor(keras.callbacks.Callback):
     """Base of callbacks that count trits after each epoch. A subclass implements `count(name, trits)`, which returns a dict from names
     of logs to numbers of trits.
@@ -406,7 +406,7 @@ class TritMonitor(keras.callbacks.Callback):
         if self.figure is not None:
             self.figure.add(epoch, shares)
 
-# %% ../nbs/callbacks.ipynb #b0d7e8ab
+# %% ../nbs/callbacks.ipynb #7d4f7b9f
 class SparsityMonitor(TritMonitor):
     """Write the shares of trits that are -1, 0 and 1 to the logs after each epoch, as `trits_minus`, `trits_zero` and `trits_plus`.
     Frozen layers are counted, too.
@@ -431,7 +431,7 @@ class SparsityMonitor(TritMonitor):
     def count(self, name, trits):
         return {log: int((trits == trit).sum()) for log, trit in (("trits_minus", -1), ("trits_zero", 0), ("trits_plus", 1))}
 
-# %% ../nbs/callbacks.ipynb #f985a508
+# %% ../nbs/callbacks.ipynb #f8bb88e9
 class FlipRatio(TritMonitor):
     """Write the share of trits that have changed since the epoch before to the logs after each epoch, as `flip_ratio`.
 
@@ -513,7 +513,7 @@ class FlipRatio(TritMonitor):
         if self.stalled == self.patience:
             warnings.warn(STALLED.format(epochs=self.stalled, ratio=ratio, limit=self.min_flips, monitor=self.monitor, best=self.best))
 
-# %% ../nbs/callbacks.ipynb #f8bb88e9
+# %% ../nbs/callbacks.ipynb #e4606a0e
 STALLED = (
     "Training has stalled: for {epochs} epochs fewer than {limit:.2g} of the trits have changed ({ratio:.2g} in the last one), and "
     "`{monitor}` has not improved on {best:.4g}. The latent weights do not get across the thresholds of rounding. Try a higher "

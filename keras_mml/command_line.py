@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Failure', 'load', 'info', 'pack_file', 'bench', 'parser', 'main']
 
-# %% ../nbs/command_line.ipynb #cce28f06
+# %% ../nbs/command_line.ipynb #7a5d9b45
 import argparse
 import json
 import math
@@ -18,7 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
-# %% ../nbs/command_line.ipynb #7a5d9b45
+# %% ../nbs/command_line.ipynb #799331ae
 import keras
 import numpy as np
 
@@ -27,7 +27,7 @@ from .conversion import pack
 from .inspection import summary
 from .layers.packed import PackableLayer
 
-# %% ../nbs/command_line.ipynb #2b721ef9
+# %% ../nbs/command_line.ipynb #cf11665b
 class Failure(Exception):
     "Something that the user should read, and no traceback."
 
@@ -52,7 +52,7 @@ def _reason(error):
     lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(text)).splitlines()]
     return next((line for line in lines if line and not line.startswith("Exception encountered when calling")), type(error).__name__)
 
-# %% ../nbs/command_line.ipynb #c7776a45
+# %% ../nbs/command_line.ipynb #0cf35597
 def info(arguments):
     "What a file holds: layers, bytes, operations."
     model = load(arguments.file)
@@ -60,7 +60,7 @@ def info(arguments):
     result = summary(model, input_shape=arguments.shape and (1, *arguments.shape))
     return {"file": arguments.file, "bytes": Path(arguments.file).stat().st_size, **result.to_dict()}, repr(result)
 
-# %% ../nbs/command_line.ipynb #8ac59e71
+# %% ../nbs/command_line.ipynb #5999d16e
 def pack_file(arguments):
     "Write a packed copy of a model."
     source, target = Path(arguments.input), Path(arguments.output)
@@ -81,7 +81,7 @@ def _save(model, target):
     except OSError as error:
         raise Failure(f"{target}: could not be written. {error.strerror or error}") from error
 
-# %% ../nbs/command_line.ipynb #f8412206
+# %% ../nbs/command_line.ipynb #0e13a95b
 def bench(arguments):
     "How fast the model in a file predicts, and its packed copy, if it has one."
     model = load(arguments.file)
@@ -133,7 +133,7 @@ def _medians(models, inputs, seconds):
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
-# %% ../nbs/command_line.ipynb #9a92cf3f
+# %% ../nbs/command_line.ipynb #e7d80b9c
 def parser():
     "The commands and their arguments."
     top = argparse.ArgumentParser(prog="keras-mml", description="Look into, pack and measure Keras models with ternary layers.")

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 from keras_mml import layers as matmul_free
-from keras_mml import pack
+from keras_mml import pack, summary
 from keras_mml.conversion import conversion_plan, fit_scale, ternarize, to_dense
 from keras_mml.layers.packed import PackableLayer
 from keras_mml.quantizers import AbsmeanTernary
@@ -95,6 +95,9 @@ def test_twins_compute_what_ternary_weights_would_in_the_float_model(build, coun
     assert losses[-1] < losses[0]
     packed = pack(again)
     assert np.median(np.abs(array(packed(x)) - array(again(x)))) < 1e-3 * np.abs(expected).max()
+    floats, latent, shipped = (summary(m).to_dict()["total"] for m in (model, again, packed))
+    assert floats["ternary_parameters"] == 0 < latent["ternary_parameters"] == shipped["ternary_parameters"]
+    assert floats["parameters"] == latent["parameters"] and shipped["bytes_packed"] == latent["bytes_packed"] < floats["bytes_packed"]
 
 
 def test_the_model_stays_as_it_was_and_the_copy_is_compiled_like_it(tmp_path):

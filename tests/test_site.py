@@ -250,6 +250,16 @@ def test_the_choice_of_light_or_dark_stays(visit):
     page.evaluate("localStorage.clear()")
 
 
+def test_plots_turn_over_in_the_dark(visit):
+    page = visit("about:blank")
+    filters = "[...document.querySelectorAll('main img')].map(image => getComputedStyle(image).filter)"
+    for scheme, turned in (("light", False), ("dark", True)):
+        page.emulate_media(color_scheme=scheme)
+        visit("quantizers.html")
+        found = page.evaluate(filters)
+        assert found and all((f != "none") == turned for f in found), (scheme, found)
+
+
 def test_print_has_the_text_and_not_the_frame(visit):
     page = visit("layers/dense.html")
     page.emulate_media(media="print")
