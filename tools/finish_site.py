@@ -150,7 +150,7 @@ def smaller_plot(data):
 
 def picture(svg, file):
     "A plot of many strokes as an image, at twice its size and in few colours; a third of the bytes, and sharp on every screen."
-    raster(svg, zoom=2).quantize(64, dither=Image.Dither.NONE).convert("RGB").save(file, lossless=True, method=6)
+    raster(svg, zoom=2).quantize(48, dither=Image.Dither.NONE).convert("RGB").save(file, lossless=True, method=6)
 
 
 def figures_as_files(text, page, site):
@@ -280,7 +280,7 @@ def write_card(site, page):
     draw.text((316, 571), "matmul-free layers for Keras 3", MUTED, font(26, 400))
     target = site / card_path(page)
     target.parent.mkdir(exist_ok=True)
-    card.quantize(32, dither=Image.Dither.NONE).save(target, optimize=True)
+    card.quantize(12, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 # ---- for machines
