@@ -280,7 +280,7 @@ def write_card(site, page):
     draw.text((316, 571), "matmul-free layers for Keras 3", MUTED, font(26, 400))
     target = site / card_path(page)
     target.parent.mkdir(exist_ok=True)
-    card.quantize(12, dither=Image.Dither.NONE).save(target, optimize=True)
+    card.quantize(32, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 # ---- for machines
