@@ -487,10 +487,9 @@ def to_dense(
     def replace(layer):
         if type(layer) in STANDARD:
             return _standard(layer, quantize_inputs)
-        if isinstance(layer, (PackableLayer, Composed)) or (
-            isinstance(layer, layers.Layer) and not _is_graph(layer) and type(layer) is not layers.TimeDistributed
-            and any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers())
-        ):  # fmt: skip
+        if not isinstance(layer, layers.Layer) or _is_graph(layer) or type(layer) is layers.TimeDistributed:
+            return  # an operation, such as `x + y`; or its layers come here themselves
+        if any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers()):
             raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers. Received: {type(layer).__name__}")
 
     copy = _copy(model, replace)

@@ -131,3 +131,12 @@ def test_the_command_works_without_a_chosen_backend(folder):
     for arguments, expected in ((["info", "latent.keras"], 0), (["info", "none.keras"], 1), (["--help"], 0), (["--version"], 0)):
         result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
         assert result.returncode == expected and "Traceback" not in result.stderr, result.stderr[-1000:]
+
+
+def test_models_of_texts_cannot_be_measured(capsys):
+    pytest.importorskip("tensorflow", reason="texts are tensors of tensorflow")
+    texts = keras.Input((1,), dtype="string")
+    numbers = keras.layers.StringLookup(vocabulary=["a", "b"])(texts)
+    keras.Model(texts, DenseMML(2)(keras.layers.Embedding(3, 4)(numbers))).save("texts.keras")
+    assert main(["bench", "texts.keras"]) == 1
+    assert "takes texts" in capsys.readouterr().err
