@@ -16,9 +16,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import nbformat
+import oxipng
 import resvg_py
 import tinycss2
 import yaml
+from fontTools import subset
 from markdown_it import MarkdownIt
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INK, ACCENT, SOFT, MUTED = "#1d3557", "#1a659e", "#eef4fa", "#4a5866"
 
 
-@dataclass
+@dataclass(eq=False)
 class Page:
     "A page as its source describes it."
 
@@ -126,12 +128,12 @@ def write_search(site):
     The index is a script, see assets/site.js."""
     names = sorted(public_names(), key=lambda n: (len(n["name"]), n["name"]))
     entries = [
-        {"objectID": f"{n['href']}?name", "href": n["href"], "title": n["name"], "section": f"{n['module']}.{n['name']}", "text": f"{n['name']}: {n['summary']}"}
+        {"href": n["href"], "title": n["name"], "section": f"{n['module']}.{n['name']}", "text": f"{n['name']}: {n['summary']}"}
         for n in names
     ]
     for entry in json.loads((site / "search.json").read_text(encoding="utf8")):
         if not entry["href"].startswith("404"):
-            entries.append({**entry, "text": " ".join(entry["text"].split())[:1200]})
+            entries.append({"href": entry["href"], "title": entry["title"], "section": entry["section"], "text": " ".join(entry["text"].split())[:450]})
     (site / "search.json").unlink()
     (site / "assets" / "search.js").write_text(f"window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf8")
 
@@ -148,10 +150,10 @@ def smaller_plot(data):
     return {**data, "image/svg+xml": svg}
 
 
-def picture(svg):
-    "A plot of many strokes as an image (WebP), at twice its size and in few colours; about half of the bytes, and sharp on every screen."
+def picture(image):
+    "An image as WebP, in few colours: about half of the bytes."
     content = io.BytesIO()
-    raster(svg, zoom=2).quantize(48, dither=Image.Dither.NONE).convert("RGB").save(content, "WEBP", lossless=True, method=6)
+    image.convert("RGB").quantize(32, dither=Image.Dither.NONE).convert("RGB").save(content, "WEBP", lossless=True, method=6)
     return content.getvalue()
 
 
@@ -166,17 +168,30 @@ def figures_as_files(text, page, site):
         folder.mkdir(exist_ok=True)
         alt = re.match(r"<\w+ alt=(\"[^\"]*\")", match[0])
         if match["png"]:
-            file, content = folder / f"figure-{count}.png", base64.b64decode(match["png"])
-            width, height = (side // 2 for side in Image.open(io.BytesIO(content)).size)
+            shown = Image.open(io.BytesIO(base64.b64decode(match["png"])))
+            file, content = folder / f"figure-{count}.webp", picture(shown)
+            width, height = (side // 2 for side in shown.size)
         else:
             svg = re.sub(r"^<svg alt=\"[^\"]*\"", "<svg", match[0])
-            many_strokes = len(svg) > 20_000
-            file, content = folder / f"figure-{count}.{'webp' if many_strokes else 'svg'}", picture(svg) if many_strokes else svg.encode()
+            many_strokes = len(svg) > 20_000  # as pixels, more of them than a common screen shows, it is smaller
+            file, content = folder / f"figure-{count}.{'webp' if many_strokes else 'svg'}", picture(raster(svg, zoom=1.5)) if many_strokes else svg.encode()
             width, height = (round(float(re.search(rf'^<svg[^>]*? {side}="([\d.]+)pt"', svg)[1]) * 4 / 3) for side in ("width", "height"))
         file.write_bytes(content)
         return f'<img src="{folder.name}/{file.name}" alt={alt[1] if alt else chr(34) * 2} width="{width}" height="{height}" loading="lazy" class="figure-img">'
 
     return re.sub(r"<svg(?: alt=\"[^\"]*\")? xmlns:xlink=.*?</svg>|<img [^>]*src=\"data:image/png;base64,(?P<png>[^\"]*)\"[^>]*>", image, text, flags=re.S)
+
+
+def fewer_spans(code):
+    "Highlighted code where numbers, operators and other small words have the colour of the text, and a string is one piece: a fifth of the page less."
+    code = re.sub(r'<span class="(?:op|dv|fl|va|cn|bu|sc|bn|at)">([^<]*)</span>', r"\1", code[0])
+    again = None
+    while again != code:
+        again, code = code, re.sub(r'(<span class="(\w+)">[^<]*)</span><span class="\2">', r"\1", code)
+    return code.replace("&quot;", '"').replace("&#x27;", "'")
+
+
+LEAF = re.compile(r'<li class="sidebar-item"><div class="sidebar-item-container">(<a [^>]*)class="sidebar-item-text (sidebar-link[^"]*)"([^>]*)><span class="menu-text">([^<]*)</span></a></div></li>')
 
 
 def notebook_links(page):
@@ -195,14 +210,12 @@ def head(page):
     url, title = address(), "keras_mml" if page.path == "index.html" else page.title
     tags = [("property", "og:type", "website"), ("property", "og:site_name", "keras_mml"), ("property", "og:title", title)]
     tags += [("property", "og:description", page.summary), ("property", "og:url", url + page.path)]
-    tags += [("property", "og:image", url + card_path(page)), ("property", "og:image:width", "1200"), ("property", "og:image:height", "630")]
+    tags += [("property", "og:image", url + card_path(page)), ("property", "og:image:width", "800"), ("property", "og:image:height", "420")]
     tags += [("property", "og:image:alt", f"{title}: {page.summary}"), ("name", "twitter:card", "summary_large_image"), ("name", "description", page.summary)]
     lines = [f'<meta {kind}="{name}" content="{html.escape(value)}">' for kind, name, value in tags]
     lines.append(f'<link rel="canonical" href="{url}{page.path.removesuffix("index.html")}">')
     lines.append(f'<link rel="alternate" type="application/atom+xml" title="Changelog" href="{page.up}changelog.xml">')
     lines.append(f'<link rel="alternate" type="text/markdown" href="{Path(page.path).with_suffix(".md").name}">')
-    assets = urlsplit(url).path if page.path == "404.html" else page.up
-    lines.append(f'<script src="{assets}assets/site.js" defer></script>')
     return "\n".join(lines)
 
 
@@ -214,11 +227,14 @@ def finish_page(site, page):
     text = path.read_text(encoding="utf8")
     text = re.sub(r'<meta (?:property|name)="(?:og:|twitter:|description)[^>]*>\s*', "", text)
     text = re.sub(r'<link [^>]*rel="canonical"[^>]*>\s*', "", text)
+    assets = urlsplit(address()).path if page.path == "404.html" else page.up
+    text = re.sub(r"<script\b", f'<script src="{assets}assets/site.js" defer></script>\\g<0>', text, count=1)  # runs before what it prepares for
     text = text.replace("</head>", head(page) + "</head>", 1)
     text = ICON_WITH_ROLE.sub(r'\1 aria-hidden="true">', text)
     text = figures_as_files(text, page, site)
-    text = re.sub(r'<span class="op">([^<]*)</span>', r"\1", text)  # operators have the colour of the text: a tenth of the page less
-    text = re.sub(r'(<button title="Copy to Clipboard")', r'\1 aria-label="Copy the code"', text)
+    text = re.sub(r'(?<=<code class="sourceCode python">).*?(?=</code>)', fewer_spans, text, flags=re.S)
+    text = LEAF.sub(r'<li class="sidebar-item">\1class="\2"\3>\4</a></li>', text)  # fifty of them on fifty pages
+    text = re.sub(r'<button title="Copy to Clipboard"[^>]*>.*?</button>', "", text)  # site.js adds them
     if page.notebook is not None:
         title = text.index('id="title-block-header"')
         end = text.index("</header>", title)
@@ -234,7 +250,8 @@ def finish_page(site, page):
 
 
 def card_path(page):
-    return "cards/" + page.path.removesuffix(".html").replace("/", "-") + ".png"
+    "Of a page with a plot; the others have the home page's."
+    return "cards/" + (page.path.removesuffix(".html").replace("/", "-") if first_plot(page) else "index") + ".png"
 
 
 def font(size, weight):
@@ -247,6 +264,7 @@ def raster(svg, **size):
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, skip_system_fonts=True, **size)))).convert("RGB")
 
 
+@functools.cache
 def first_plot(page):
     for cell in page.notebook.cells if page.notebook else []:
         for output in cell.get("outputs", []):
@@ -258,7 +276,7 @@ def first_plot(page):
 
 
 def write_card(site, page):
-    "The picture that a link to the page shows where people talk: title, summary, and the page's first plot, or the logo."
+    "The picture that a link to the page shows where people talk: title, summary, and the page's first plot, or, on the home page, the logo."
     card = Image.new("RGB", (1200, 630), "white")
     draw = ImageDraw.Draw(card)
     logo = (ROOT / "nbs" / "images" / "logo.svg").read_text(encoding="utf8")
@@ -279,14 +297,17 @@ def write_card(site, page):
     draw.text((316, 571), "matmul-free layers for Keras 3", MUTED, font(26, 400))
     target = site / card_path(page)
     target.parent.mkdir(exist_ok=True)
-    card.quantize(32, dither=Image.Dither.NONE).save(target, optimize=True)
+    card = card.resize((800, 420), Image.LANCZOS)
+    card.quantize(32, dither=Image.Dither.NONE).save(target)
+    oxipng.optimize(target, level=4)
 
 
 # ---- for machines
 
 
 def as_markdown(page):
-    "The page as a language model reads it best: prose, code and what it prints; plots in words."
+    """The page as a language model reads it best: prose, examples and what they print, how to call what is public; plots in words.
+    Of the package's own code, only the signatures and docstrings: the rest is in the source."""
     notebook = nbformat.from_dict(json.loads(json.dumps(page.notebook)))
     cells = []
     for cell in notebook.cells[1:]:
@@ -299,7 +320,7 @@ def as_markdown(page):
                 data.pop("text/html", None)
         if options.get("echo") == "false":
             cells += [nbformat.v4.new_markdown_cell(o["data"]["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})]
-        elif not cell.source.startswith("<!-- WARNING"):
+        elif not cell.source.startswith(("<!-- WARNING", "#| export", "#| code-fold")):
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M) if cell.cell_type == "code" else cell.source
             cells.append(cell)
     notebook.cells = cells
@@ -394,9 +415,13 @@ def trim(site):
     words = set()
     for path in [*site.rglob("*.html"), *site.rglob("*.js")]:
         words |= set(re.findall(r"[\w-]+", path.read_text(encoding="utf8")))
-    for sheet in [*site.rglob("bootstrap*.css"), *site.rglob("themes/*.css")]:
+    for sheet in [*site.rglob("bootstrap*.css"), *site.rglob("themes/*.css"), *site.rglob("katex*.css")]:
         rules = tinycss2.parse_stylesheet(sheet.read_text(encoding="utf8"), skip_comments=True, skip_whitespace=True)
         sheet.write_text(tinycss2.serialize(used(rules, words)), encoding="utf8")
+    shown = set(re.findall(r"\\(f[0-9a-f]{3})\b", "".join(p.read_text(encoding="utf8") for p in [*site.rglob("*.css"), *site.rglob("*.js")])))
+    for font in site.rglob("bootstrap-icons.woff*"):  # two thousand icons, of which the site shows twenty
+        flavor = f"--flavor={font.suffix[1:]}"
+        subset.main([str(font), f"--unicodes={','.join(shown)}", flavor, f"--output-file={font}"])
     sitemap = site / "sitemap.xml"
     sitemap.write_text(re.sub(r"\s*<url>\s*<loc>[^<]*/404\.html</loc>.*?</url>", "", sitemap.read_text(encoding="utf8"), flags=re.S), encoding="utf8")
 
@@ -424,7 +449,8 @@ def finish(site, processed, notebooks):
             source = Path(page.path).with_suffix(".ipynb")
             shutil.copy(notebooks / source, site / source)
         finish_page(site, page)
-        write_card(site, page)
+        if first_plot(page) or page.path == "index.html":
+            write_card(site, page)
     write_search(site)
     write_markdown(site, {p: v for p, v in pages.items() if p != "404.html"}, sections, processed)
     write_feed(site)

@@ -4,9 +4,13 @@
   const here = document.currentScript.src, elsewhere = window.fetch;
   window.fetch = (url, ...options) => !/search\.json$/.test(url) ? elsewhere(url, ...options) : new Promise((done, failed) => {
     const script = Object.assign(document.createElement("script"), {src: new URL("search.js", here), onerror: failed});
-    script.onload = () => done(new Response(JSON.stringify(window.searchIndex)));
+    script.onload = () => done(new Response(JSON.stringify(window.searchIndex.map((entry, n) => ({objectID: entry.href + "?" + n, ...entry})))));
     document.head.append(script);
   });
+
+  // The buttons that copy code, where the renderer's script will look for them.
+  const button = '<button title="Copy to Clipboard" aria-label="Copy the code" class="code-copy-button"><i class="bi"></i></button>';
+  document.querySelectorAll(".code-copy-outer-scaffold").forEach(block => block.insertAdjacentHTML("beforeend", button));
 
   // What scrolls in its own box can be reached, and scrolled, with the keyboard.
   const reachable = () => document.querySelectorAll("main :is(pre, table, .math.display, figure, figure > p)").forEach(box => {
