@@ -24,6 +24,7 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip("playwright.sync_api")
 Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
 filelock = pytest.importorskip("filelock")
+ttLib = pytest.importorskip("fontTools.ttLib")
 sys.path.insert(0, str(ROOT / "tools"))
 import build_site
 import check_site
@@ -275,6 +276,14 @@ def test_the_home_page_is_light(visit):
     visit("index.html")
     page.wait_for_load_state("networkidle")
     assert sum(loaded) < 1_000_000
+
+
+def test_every_icon_is_in_the_font(site):
+    rules = "".join(sheet.read_text(encoding="utf8") for sheet in site.rglob("bootstrap-icons*.css"))
+    icons = dict(re.findall(r"\.(bi-[\w-]+)::?before\s*\{\s*content:\s*\"(.)\"", rules))
+    drawn = set(ttLib.TTFont(next(site.rglob("bootstrap-icons.woff2"))).getBestCmap())
+    wanted = {name for path in PAGES for name in re.findall(r'class="bi (bi-[\w-]+)', (site / path).read_text(encoding="utf8"))}
+    assert len(wanted) > 5 and {name for name in wanted if ord(icons[name]) not in drawn} == set()
 
 
 def test_weight_links_and_pictures(site):

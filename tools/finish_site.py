@@ -393,7 +393,7 @@ page-navigation: false
 
 The search above knows every page and every public name. Or begin at one of these:
 
-- [the home page](index.ipynb): what `keras_mml` is, and a first model in twelve lines
+- [the home page](index.ipynb): what `keras_mml` is, and a first model in ten lines
 - [the first tutorial](tutorials/mnist.ipynb)
 - [the layers](layers/index.ipynb), and [`DenseMML`](layers/dense.ipynb) before all others
 - [the changelog](changelog.md)
@@ -418,10 +418,10 @@ def trim(site):
     for sheet in [*site.rglob("bootstrap*.css"), *site.rglob("themes/*.css"), *site.rglob("katex*.css")]:
         rules = tinycss2.parse_stylesheet(sheet.read_text(encoding="utf8"), skip_comments=True, skip_whitespace=True)
         sheet.write_text(tinycss2.serialize(used(rules, words)), encoding="utf8")
-    shown = set(re.findall(r"\\(f[0-9a-f]{3})\b", "".join(p.read_text(encoding="utf8") for p in [*site.rglob("*.css"), *site.rglob("*.js")])))
-    for font in site.rglob("bootstrap-icons.woff*"):  # two thousand icons, of which the site shows twenty
-        flavor = f"--flavor={font.suffix[1:]}"
-        subset.main([str(font), f"--unicodes={','.join(shown)}", flavor, f"--output-file={font}"])
+    rules = "".join(p.read_text(encoding="utf8") for p in site.rglob("*.css"))
+    icons = [*re.findall("[\ue000-\uf8ff]", rules), *(chr(int(code, 16)) for code in re.findall(r"\\(f[0-9a-f]{3})\b", rules))]
+    for font in site.rglob("bootstrap-icons.woff*"):  # two thousand icons, of which the site shows some
+        subset.main([str(font), f"--text={''.join(icons)}", f"--flavor={font.suffix[1:]}", f"--output-file={font}"])
     sitemap = site / "sitemap.xml"
     sitemap.write_text(re.sub(r"\s*<url>\s*<loc>[^<]*/404\.html</loc>.*?</url>", "", sitemap.read_text(encoding="utf8"), flags=re.S), encoding="utf8")
 
