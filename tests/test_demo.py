@@ -141,6 +141,7 @@ def test_a_stroke_is_answered(open_page):
         }"""
     )
     print(f"an answer in {milliseconds:.1f} ms")
+    assert milliseconds < 50  # what one notices; it takes about one
 
 
 def test_a_finger_draws(open_page):

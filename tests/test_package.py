@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from keras_mml import layers
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
@@ -49,6 +51,15 @@ def test_every_public_name_is_documented():
             if getattr(node, "name", None) in exported:
                 assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
                 assert (module, node.name) in shown, f"{module}.{node.name} is not shown"
+
+
+@pytest.mark.parametrize("name", layers.__all__)
+def test_layers_say_what_they_take_and_show_an_example(name):
+    "Their own docstring names arguments, shapes and errors, or the layer that has the same ones; doctest runs the example."
+    text = getattr(layers, name).__doc__
+    assert "Example:\n\n    ```python\n    >>> " in text
+    parts = ("Args:", "Output shape:", "Raises:", "Input shape:" if "Input shape:" in text else "Call arguments:")
+    assert all(part in text for part in parts) or re.search(r"[Aa]rguments\b.* those of `\w+MML`", text)
 
 
 def test_the_wheel_holds_the_package_and_no_data(tmp_path):

@@ -28,6 +28,7 @@ import finish_site
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
 REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)
+ITEMS = ("Args", "Call arguments", "Raises")  # the sections of docstrings that are lists
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
 
 
@@ -103,14 +104,14 @@ def documentation(markdown):
     lines, item = [], re.compile(r"^    (`?[\w*]+`?(?:,\s+`?[\w*]+`?)*,?): (.*)")
     section = None
     for line in markdown.split("\n"):
-        heading = re.match(r"^(Args|Input shape|Output shape|Raises|Returns|Example|Reference):\s*(.*)$", line)
+        heading = re.match(r"^(Args|Call arguments|Input shape|Output shape|Raises|Returns|Example|Reference):\s*(.*)$", line)
         if heading:
             section = heading[1]
             lines += ["", f"**{section}** {heading[2]}".rstrip(), ""]
         elif section and line.startswith("    "):
-            entry = item.match(line) if section in ("Args", "Raises") else None
+            entry = item.match(line) if section in ITEMS else None
             names = entry and ", ".join(f"`{name.strip()}`" for name in entry[1].strip(",").split(","))
-            lines.append(f"- {names}: {entry[2]}" if entry else re.sub(r"^ +", "  " if section in ("Args", "Raises") else "", line))
+            lines.append(f"- {names}: {entry[2]}" if entry else re.sub(r"^ +", "  " if section in ITEMS else "", line))
         else:
             lines.append(line)
     return "\n".join(lines)

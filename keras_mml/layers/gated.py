@@ -138,35 +138,95 @@ class GLUMML(Composed, keras.layers.Layer):
 # %% ../../nbs/layers/gated.ipynb #4e4d602b
 @keras.saving.register_keras_serializable(package="keras_mml")
 class BilinearMML(GLUMML):
-    "`GLUMML` without an activation: the plain product of two projections (arXiv 2002.05202, §2)."
+    """`GLUMML` without an activation: the plain product of two projections (arXiv 2002.05202, §2).
+
+    Arguments, shapes and errors are those of `GLUMML`, with another default for `activation`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> BilinearMML(4, intermediate_size=32)(np.ones((2, 8))).shape == (2, 4)
+    True
+
+    ```
+    """
 
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="linear", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class ReGLUMML(GLUMML):
-    "`GLUMML` with a rectified gate (arXiv 2002.05202, §2)."
+    """`GLUMML` with a rectified gate (arXiv 2002.05202, §2).
+
+    Arguments, shapes and errors are those of `GLUMML`, with another default for `activation`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> ReGLUMML(4, intermediate_size=32)(np.ones((2, 8))).shape == (2, 4)
+    True
+
+    ```
+    """
 
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="relu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class GeGLUMML(GLUMML):
-    "`GLUMML` with the Gaussian error linear unit as its gate (arXiv 2002.05202, §2)."
+    """`GLUMML` with the Gaussian error linear unit as its gate (arXiv 2002.05202, §2).
+
+    Arguments, shapes and errors are those of `GLUMML`, with another default for `activation`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> GeGLUMML(4, intermediate_size=32)(np.ones((2, 8))).shape == (2, 4)
+    True
+
+    ```
+    """
 
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="gelu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class SeGLUMML(GLUMML):
-    "`GLUMML` with the scaled exponential linear unit (arXiv 1706.02515) as its gate."
+    """`GLUMML` with the scaled exponential linear unit (arXiv 1706.02515) as its gate.
+
+    Arguments, shapes and errors are those of `GLUMML`, with another default for `activation`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> SeGLUMML(4, intermediate_size=32)(np.ones((2, 8))).shape == (2, 4)
+    True
+
+    ```
+    """
 
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="selu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class SwiGLUMML(GLUMML):
-    "`GLUMML` with the sigmoid linear unit, also called swish, as its gate: the one that language models use (arXiv 2002.05202, §2)."
+    """`GLUMML` with the sigmoid linear unit, also called swish, as its gate: the one that language models use (arXiv 2002.05202, §2).
+
+    Arguments, shapes and errors are those of `GLUMML`, with another default for `activation`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> SwiGLUMML(4, intermediate_size=32)(np.ones((2, 8))).shape == (2, 4)
+    True
+
+    ```
+    """
 
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="silu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
