@@ -186,12 +186,15 @@ def test_page(visit, path):
 @pytest.mark.parametrize("words, place", [
     ("DenseMML", "layers/dense.html"), ("pack", "conversion.html"), ("absmean", "quantizers.html"),
     ("ternarize", "conversion.html"), ("LRUMML", "layers/recurrent.html"),
+    ("install", "index.html"), ("mixed precision", "how-to/mixed-precision.html"), ("straight through", "explanations/straight-through.html"),
 ])  # fmt: skip
-def test_search_finds_public_names_first(visit, words, place):
+def test_search_finds_the_right_page_first(visit, words, place):
     page = visit("tutorials/mnist.html")
     page.fill("input[type=search]", words)
     first = page.wait_for_selector(".search-result")
     assert first.get_attribute("href").split("#")[0] == "../" + place
+    found = page.eval_on_selector_all(".search-result", "results => results.map(a => a.getAttribute('href'))")
+    assert len(set(found)) == len(found)
     first.click()
     page.wait_for_url(f"**/{place}*")
     assert not page.problems
@@ -227,6 +230,21 @@ def test_reading_order_and_what_leads_on(visit):
         if here != listed[0]:
             assert page.locator(".quarto-page-breadcrumbs li").count() >= 4  # above the page, and in the bar of narrow screens
         assert page.locator("a.toc-action", has_text="View source").count() == 1
+    assert not page.problems
+
+
+def test_the_keyboard_leads_past_the_frame(visit):
+    page = visit("layers/dense.html")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the text"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
+    section = page.locator(".sidebar-item-toggle").first
+    for expanded in ("false", "true"):
+        section.press("Enter")
+        page.wait_for_function("([e, state]) => e.getAttribute('aria-expanded') === state", arg=[section.element_handle(), expanded])
+        page.wait_for_timeout(500)  # it folds slowly
     assert not page.problems
 
 
@@ -297,12 +315,16 @@ def test_weight_links_and_pictures(site):
 @pytest.mark.parametrize("path", PAGES)
 def test_what_machines_read_of_a_page(site, path):
     text = (site / path).read_text(encoding="utf8")
+    shown = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", text, flags=re.S)
+    assert not re.findall(r"\]\([^)\s]*\)", shown)  # Markdown that was not understood
     meta = dict(re.findall(r'<meta (?:property|name)="([\w:]+)" content="([^"]*)"', text))
     assert meta["description"] and meta["description"] == meta["og:description"]
     assert meta["og:title"] and meta["twitter:card"] == "summary_large_image"
     assert (site / meta["og:image"].removeprefix(build_site.finish_site.address())).exists()
     if path in ("404.html", "changelog.html"):
         return
+    twin = (site / path).with_suffix(".md").read_text(encoding="utf8")
+    assert twin.count("*Plot: ") == text.count('class="figure-img') and "[[`" not in twin
     notebook = Path(path).with_suffix(".ipynb")
     assert json.loads((site / notebook).read_text(encoding="utf8"))["cells"]
     assert f'href="{notebook.name}" download' in text
@@ -322,7 +344,9 @@ def test_indexes_for_machines(site):
     feed = ElementTree.parse(site / "changelog.xml").getroot()
     entries = feed.findall("{http://www.w3.org/2005/Atom}entry")
     versions = re.findall(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(encoding="utf8"), re.M)
-    assert [e.find("{http://www.w3.org/2005/Atom}id").text.split("#")[1] for e in entries] == versions
+    anchors = [e.find("{http://www.w3.org/2005/Atom}id").text.split("#")[1] for e in entries]
+    assert anchors == [f"v{version}" for version in versions]
+    assert all(f'id="{anchor}"' in (site / "changelog.html").read_text(encoding="utf8") for anchor in anchors)
     assert all("<li>" in e.find("{http://www.w3.org/2005/Atom}content").text for e in entries)
 
 

@@ -8,6 +8,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -74,8 +75,10 @@ def process():
             if cell.cell_type == "markdown":
                 cell.source = finish_site.with_links(cell.source, up)
             within_section |= cell.cell_type == "markdown" and bool(re.search(r"^## ", cell.source, re.M))
-            if cell.cell_type == "code" and re.search(r"^class ", cell.source, re.M):  # long, and just documented
-                cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
+            if cell.cell_type == "code":
+                cell.source = re.sub(r"^(#\| fig-alt: )([^\"].*)$", lambda m: m[1] + json.dumps(m[2], ensure_ascii=False), cell.source, flags=re.M)  # a colon would end it
+                if is_long(cell.source):
+                    cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
@@ -86,6 +89,12 @@ def process():
                     output["data"] = finish_site.smaller_plot(data)
         nbformat.write(notebook, path)
     finish_site.write_sources(PROCESSED, lambda text: finish_site.with_links(relative_links(NbdevLookup().linkify(text), ""), ""))
+
+
+def is_long(source):
+    "Whether exported code would stand in the way of a reader: classes, which are documented above it, private functions, and whatever is long."
+    public = re.search(r"^def [a-z]", source, re.M)
+    return bool(re.search(r"^class ", source, re.M) or (re.search(r"^def _", source, re.M) and not public) or source.count("\n") > 30)
 
 
 def relative_links(text, up):

@@ -28,7 +28,7 @@ class Page(HTMLParser):
         self.ids |= {values[k] for k in ("id", "name") if values.get(k)}
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
-        if tag == "img" and values.get("alt") is None:
+        if tag == "img" and not values.get("alt"):
             self.images_without_alt.append(values.get("src", "")[:60])
         for name in ("src", "href"):
             if (tag, name) in LOADED and values.get(name) and values.get("rel") not in NOT_LOADED:

@@ -103,6 +103,7 @@ def place(dotted):
 def with_links(markdown, up):
     "Names in backticks with their modules lead to their sections, as nbdev does it with bare names; but a layer's `call` is not a kernel's."
     markdown = re.sub(r"\[(`call`)\]\([^)]*\)", r"\1", markdown)
+    markdown = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", markdown)  # a name that is the text of a link already
     link = lambda m: f"[{m[0]}]({up}{place(m[1])})" if place(m[1]) else m[0]
     fences = re.split(r"(^```.*?^```|^#+ [^\n]*$)", markdown, flags=re.S | re.M)
     return "".join(re.sub(r"(?<![\[`])`(keras_mml(?:\.\w+)+)`(?![\]`])", link, part) if not part.startswith(("```", "#")) else part for part in fences)
@@ -123,19 +124,29 @@ def with_source(markdown, path):
     return re.sub(r"\[source\]\([^)]*\)(\{[^}]*\}\s*#+ )(\w+)\n", source, markdown)
 
 
-def write_search(site):
-    """Public names come first in what both searches read, Quarto's and smalldocs': an entry whose title is exactly what was typed wins.
-    The index is a script, see assets/site.js."""
-    names = sorted(public_names(), key=lambda n: (len(n["name"]), n["name"]))
-    entries = [
-        {"href": n["href"], "title": n["name"], "section": f"{n['module']}.{n['name']}", "text": f"{n['name']}: {n['summary']}"}
-        for n in names
-    ]
+def write_search(site, pages):
+    """Public names come first in what both searches read, Quarto's and smalldocs'; assets/site.js ranks what they find.
+    The index is a script, see there, too."""
+    texts = {}
     for entry in json.loads((site / "search.json").read_text(encoding="utf8")):
-        if not entry["href"].startswith("404"):
-            entries.append({"href": entry["href"], "title": entry["title"], "section": entry["section"], "text": " ".join(entry["text"].split())[:450]})
+        path, _, anchor = entry["href"].partition("#")
+        summary = "" if anchor or path not in pages else pages[path].summary + " "
+        texts.setdefault(entry["href"], {**entry, "text": findable(summary + entry["text"])})
+    entries = []
+    for n in sorted(public_names(), key=lambda n: (len(n["name"]), n["name"])):
+        section = texts.pop(n["href"], {"text": ""})
+        entries.append({"href": n["href"], "title": n["name"], "section": f"{n['module']}.{n['name']}", "text": f"{n['summary']} {section['text']}"})
+    entries += [{key: entry[key] for key in ("href", "title", "section", "text")} for href, entry in texts.items() if not href.startswith("404")]
     (site / "search.json").unlink()
     (site / "assets" / "search.js").write_text(f"window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf8")
+
+
+def findable(text, shown=450):
+    "The start of a text, of which results show a piece, and every longer word of the rest once."
+    text = " ".join(text.split())
+    words = dict.fromkeys(re.findall(r"[A-Za-z]{4,}", text[shown:]))
+    seen = set(re.findall(r"[A-Za-z]{4,}", text[:shown]))
+    return " ".join([text[:shown], *(word for word in words if word not in seen)])
 
 
 # ---- pages
@@ -177,7 +188,8 @@ def figures_as_files(text, page, site):
             file, content = folder / f"figure-{count}.{'webp' if many_strokes else 'svg'}", picture(raster(svg, zoom=1.5)) if many_strokes else svg.encode()
             width, height = (round(float(re.search(rf'^<svg[^>]*? {side}="([\d.]+)pt"', svg)[1]) * 4 / 3) for side in ("width", "height"))
         file.write_bytes(content)
-        return f'<img src="{folder.name}/{file.name}" alt={alt[1] if alt else chr(34) * 2} width="{width}" height="{height}" loading="lazy" class="figure-img">'
+        kind = "figure-img wide" if width > 700 else "figure-img"  # wide ones scroll on a phone
+        return f'<img src="{folder.name}/{file.name}" alt={alt[1] if alt else chr(34) * 2} width="{width}" height="{height}" loading="lazy" class="{kind}">'
 
     return re.sub(r"<svg(?: alt=\"[^\"]*\")? xmlns:xlink=.*?</svg>|<img [^>]*src=\"data:image/png;base64,(?P<png>[^\"]*)\"[^>]*>", image, text, flags=re.S)
 
@@ -213,9 +225,10 @@ def head(page):
     tags += [("property", "og:image", url + card_path(page)), ("property", "og:image:width", "800"), ("property", "og:image:height", "420")]
     tags += [("property", "og:image:alt", f"{title}: {page.summary}"), ("name", "twitter:card", "summary_large_image"), ("name", "description", page.summary)]
     lines = [f'<meta {kind}="{name}" content="{html.escape(value)}">' for kind, name, value in tags]
-    lines.append(f'<link rel="canonical" href="{url}{page.path.removesuffix("index.html")}">')
+    lines.append(f'<link rel="canonical" href="{url}{page.path}">')
     lines.append(f'<link rel="alternate" type="application/atom+xml" title="Changelog" href="{page.up}changelog.xml">')
-    lines.append(f'<link rel="alternate" type="text/markdown" href="{Path(page.path).with_suffix(".md").name}">')
+    if page.path != "404.html":
+        lines.append(f'<link rel="alternate" type="text/markdown" href="{Path(page.path).with_suffix(".md").name}">')
     return "\n".join(lines)
 
 
@@ -230,6 +243,8 @@ def finish_page(site, page):
     assets = urlsplit(address()).path if page.path == "404.html" else page.up
     text = re.sub(r"<script\b", f'<script src="{assets}assets/site.js" defer></script>\\g<0>', text, count=1)  # runs before what it prepares for
     text = text.replace("</head>", head(page) + "</head>", 1)
+    text = re.sub(r"<body[^>]*>", r'\g<0><a class="skip-link" href="#quarto-document-content">Skip to the text</a>', text, count=1)
+    text = text.replace("/nbs/changelog.md", "/CHANGELOG.md").replace("/nbs/404.md", "/tools/finish_site.py")  # which they are made from
     text = ICON_WITH_ROLE.sub(r'\1 aria-hidden="true">', text)
     text = figures_as_files(text, page, site)
     text = re.sub(r'(?<=<code class="sourceCode python">).*?(?=</code>)', fewer_spans, text, flags=re.S)
@@ -281,7 +296,7 @@ def write_card(site, page):
     draw = ImageDraw.Draw(card)
     logo = (ROOT / "nbs" / "images" / "logo.svg").read_text(encoding="utf8")
     picture = first_plot(page) or raster(logo, width=300)
-    y, lines = 84, textwrap.wrap(page.title, 19)
+    y, lines = 84, textwrap.wrap(page.title, 18)
     for line in lines:
         draw.text((72, y), line, INK, font(60, 760))
         y += 70
@@ -298,7 +313,7 @@ def write_card(site, page):
     target = site / card_path(page)
     target.parent.mkdir(exist_ok=True)
     card = card.resize((800, 420), Image.LANCZOS)
-    card.quantize(32, dither=Image.Dither.NONE).save(target)
+    card.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(target)
     oxipng.optimize(target, level=4)
 
 
@@ -315,20 +330,21 @@ def as_markdown(page):
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/svg+xml" in data or "image/png" in data:
-                output["data"] = {"text/markdown": f"*Plot: {options.get('fig-alt', 'see the page')}*"}
+                output["data"] = {"text/markdown": f"*Plot: {options.get('fig-alt', 'see the page').strip(chr(34))}*"}
             elif "text/plain" in data:
                 data.pop("text/html", None)
         if options.get("echo") == "false":
             cells += [nbformat.v4.new_markdown_cell(o["data"]["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})]
-        elif not cell.source.startswith(("<!-- WARNING", "#| export", "#| code-fold")):
-            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M) if cell.cell_type == "code" else cell.source
+        elif not cell.source.startswith("<!-- WARNING"):
+            if cell.cell_type == "code":  # of code that the page folds, only what it shows
+                cell.source = "" if "code-fold" in options else re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             cells.append(cell)
     notebook.cells = cells
     notebook.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter()
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     text, _ = exporter.from_notebook_node(notebook)
-    return text
+    return re.sub(r"^```python\s*```\n", "", text, flags=re.M)
 
 
 def write_markdown(site, pages, sections, processed):
@@ -345,7 +361,7 @@ def write_markdown(site, pages, sections, processed):
     config, home = get_config(), pages["index.html"]
     listed = {p for paths in sections.values() for p in paths}
     rest = [p for p in pages if p not in listed]
-    lines = [f"# {config.title}", "", f"> {config.description}", "", home.summary, ""]
+    lines = [f"# {config.title}", "", f"> {home.summary}", ""]
     for section, paths in {"Start": ["index.html"], **sections, "Optional": [p for p in rest if p != "index.html"]}.items():
         lines += [f"## {section}", ""]
         lines += [f"- [{pages[p].title}]({address()}{Path(p).with_suffix('.md').as_posix()}): {pages[p].summary}" for p in paths if p in pages]
@@ -366,11 +382,11 @@ def write_feed(site):
     entries, dates = [], []
     for version, date, notes in releases():
         dates.append(f"{date}T00:00:00Z" if date else changed or "1970-01-01T00:00:00Z")
-        link = f"{address()}changelog.html"
+        link = f"{address()}changelog.html#v{version}"
         title = f"keras_mml {version}" + ("" if date else ", not released yet")
         body = html.escape(MarkdownIt().render(notes))
         entries.append(
-            f'<entry><title>{title}</title><id>{link}#{version}</id><link href="{link}"/><updated>{dates[-1]}</updated>'
+            f'<entry><title>{title}</title><id>{link}</id><link href="{link}"/><updated>{dates[-1]}</updated>'
             f'<content type="html">{body}</content></entry>'
         )
     (site / "changelog.xml").write_text(
@@ -403,7 +419,8 @@ The search above knows every page and every public name. Or begin at one of thes
 def write_sources(processed, linkify):
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf8").split("\n", 1)[1]
     front = "---\ntitle: Changelog\ndescription: What changed, version by version\n---\n"
-    (processed / "changelog.md").write_text(front + linkify(text), encoding="utf8")
+    text = re.sub(r"^## (\S+), .*$", r"\g<0> {#v\1}", linkify(text), flags=re.M)
+    (processed / "changelog.md").write_text(front + text, encoding="utf8")
     (processed / "404.md").write_text(MISSING, encoding="utf8")
 
 
@@ -451,7 +468,7 @@ def finish(site, processed, notebooks):
         finish_page(site, page)
         if first_plot(page) or page.path == "index.html":
             write_card(site, page)
-    write_search(site)
+    write_search(site, pages)
     write_markdown(site, {p: v for p, v in pages.items() if p != "404.html"}, sections, processed)
     write_feed(site)
     trim(site)
