@@ -1,10 +1,9 @@
 """The digit demo in a real browser: the answers of the packed layers in Python, from a folder, without a network."""
 
 import base64
-import json
 import re
-import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import keras
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 
 from keras_mml.datasets import load_mnist
-from keras_mml.layers import DenseMML
-from keras_mml.packing import unpack_ternary
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
+sys.path.insert(0, str(NOTEBOOKS.parent / "tools"))
+import demo
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(keras.backend.backend() != "torch", reason="The demo does not depend on the backend; torch's run tests it."),
@@ -29,7 +29,7 @@ THREE = [(0.3, 0.25), (0.5, 0.16), (0.66, 0.26), (0.6, 0.42), (0.46, 0.48), (0.6
 
 @pytest.fixture(scope="module")
 def weights():
-    return runpy.run_path(str(NOTEBOOKS.parent / "tools" / "demo.py"))["saved_weights"](NOTEBOOKS)
+    return demo.saved_weights(NOTEBOOKS)
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +76,6 @@ def answer(page):
     return page.inner_text(".dd-digit")
 
 
-def packed_model(weights):
-    "The Keras model with the weights of the page."
-    layers = [DenseMML(layer["units"], activation=layer["activation"], packed=True) for layer in weights["layers"]]
-    model = keras.Sequential([keras.Input((784,)), *layers])
-    for layer, saved in zip(layers, weights["layers"]):
-        trits, bias = (np.frombuffer(base64.b64decode(saved[name]), dtype) for name, dtype in (("trits", "u1"), ("bias", "<f4")))
-        trits = unpack_ternary(trits, (saved["inputs"], saved["units"]), bits=1.6)
-        layer.set_ternary_state({"trits": trits, "kernel_scale": np.full(saved["units"], saved["scale"], "float32"), "bias": bias})
-    return model
-
-
 def test_the_weights_are_small(weights):
     assert len(weights) <= 100_000
 
@@ -94,7 +83,7 @@ def test_the_weights_are_small(weights):
 def test_all_test_digits_are_read_as_in_python(open_page, weights):
     (_, _), (images, labels) = load_mnist()
     images = images.reshape(-1, 784)
-    expected = packed_model(json.loads(weights)).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
+    expected = demo.packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
     page = open_page()
     received = page.evaluate(
         """(base64) => {

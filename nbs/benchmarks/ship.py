@@ -1,0 +1,129 @@
+"""The same classifier in Keras, in the bare runtime, in ONNX Runtime and in the browser: answers, sizes and times of one digit.
+
+    python nbs/benchmarks/ship.py
+
+The weights are those of the demo, which the first tutorial made. Needs onnx, onnxscript, onnxruntime, playwright and a Chromium. What runs
+in Python takes turns on one thread; the page times its own calls, many in a row. Writes ship.json.
+"""
+
+import base64
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+from inference import medians, one_thread
+from measure import environment, save
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_suffix(".json")
+PAGE = '<!doctype html><meta charset="utf8"><script src="weights.js"></script><script src="digits.js"></script>'
+ANSWER_ALL = """([base64, count]) => {
+    const reader = kerasMmlDemo.load(kerasMmlDigitWeights), pixels = Uint8Array.from(atob(base64), char => char.charCodeAt(0)), all = [];
+    const image = i => Float32Array.from(pixels.subarray(784 * i, 784 * (i + 1)), v => v / 255);
+    for (let i = 0; i < count; i++) all.push(Array.from(reader.predict(image(i)).probabilities));
+    const one = image(0), times = [];
+    for (let round = 0; round < 15; round++) {
+        const start = performance.now();
+        for (let i = 0; i < 200; i++) reader.predict(one);
+        times.push((performance.now() - start) / 200 / 1000);
+    }
+    return {probabilities: all, seconds: times.sort((a, b) => a - b)[7]};
+}"""
+
+
+def in_browser(weights, images):
+    "Probabilities of all images, and the median seconds of one answer."
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        shutil.copy(ROOT / "nbs" / "assets" / "demo" / "digits.js", folder)
+        Path(folder, "weights.js").write_text(f"window.kerasMmlDigitWeights = {weights};", encoding="utf8")
+        Path(folder, "index.html").write_text(PAGE, encoding="utf8")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto(Path(folder, "index.html").as_uri())
+        answers = page.evaluate(ANSWER_ALL, [base64.b64encode(images.tobytes()).decode(), len(images)])
+        answers["version"] = browser.version
+        browser.close()
+    return answers
+
+
+def session(path):
+    "ONNX Runtime with this file, on one thread."
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def main():
+    one_thread()
+    import keras
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    import keras_mml
+    from keras_mml import runtime
+    from keras_mml.datasets import load_mnist
+
+    sys.path.insert(0, str(ROOT / "tools"))
+    import demo
+
+    weights = demo.saved_weights(ROOT / "nbs")
+    packed = demo.packed_model(weights)
+    _, (images, labels) = load_mnist()
+    x = images.reshape(-1, 784).astype("float32") / 255
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        packed.save(folder / "digits.keras")
+        keras_mml.export_onnx(packed, folder / "digits.onnx")
+        keras_mml.export_onnx(packed, folder / "rounded.onnx", exact=False)
+        bare, exact, rounded = runtime.load(folder / "digits.keras"), session(folder / "digits.onnx"), session(folder / "rounded.onnx")
+        sizes = {name: (folder / name).stat().st_size for name in ("digits.keras", "digits.onnx", "rounded.onnx")}
+    sizes["weights.js"] = len(weights)
+
+    name = exact.get_inputs()[0].name
+    answers = {
+        "Keras, packed": packed.predict(x, batch_size=1000, verbose=0),
+        "bare runtime": bare(x),
+        "ONNX Runtime": exact.run(None, {name: x})[0],
+        "ONNX Runtime, rounded twice": rounded.run(None, {name: x})[0],
+    }
+    one, tensor = x[:1].copy(), torch.from_numpy(x[:1].copy())
+    with torch.inference_mode():
+        functions = {
+            "Keras, packed": lambda: packed(tensor),
+            "bare runtime": lambda: bare(one),
+            "ONNX Runtime": lambda: exact.run(None, {name: one}),
+            "ONNX Runtime, rounded twice": lambda: rounded.run(None, {name: one}),
+        }
+        seconds = medians(functions, seconds=5.0)
+    page = in_browser(weights, images)
+    answers["browser"], seconds["browser"] = np.array(page["probabilities"]), page["seconds"]
+
+    files = dict(zip(answers, ("digits.keras", "digits.keras", "digits.onnx", "rounded.onnx", "weights.js")))
+    reference, records = answers["Keras, packed"], {}
+    for place, probabilities in answers.items():
+        records[place] = dict(
+            file=files[place],
+            bytes=sizes[files[place]],
+            seconds=seconds[place],
+            right=int((probabilities.argmax(1) == labels).sum()),
+            other_answers=int((probabilities.argmax(1) != reference.argmax(1)).sum()),
+            largest_difference=float(np.abs(probabilities - reference).max()),
+        )
+        print(f"  {place}: {records[place]}", file=sys.stderr)
+    versions = {**environment(), "onnxruntime": onnxruntime.__version__, "chromium": page["version"]}
+    save(RESULTS, dict(environment=versions, digits=len(labels), records=records))
+
+
+if __name__ == "__main__":
+    main()
