@@ -133,6 +133,47 @@ def test_a_stroke_is_answered(open_page):
     assert milliseconds < 50  # what one notices; it takes about one
 
 
+def test_finished_answers_are_counted(open_page, weights):
+    page = open_page()
+    saved = sum(layer["inputs"] * layer["units"] for layer in json.loads(weights)["layers"])
+    count = lambda: int(page.inner_text(".dd-count b").replace(",", "")) / saved
+    assert count() == 1  # the sample that is shown first
+    page.mouse.move(*corner(page, *THREE[0]))
+    page.mouse.down()
+    for x, y in THREE[1:]:
+        page.mouse.move(*corner(page, x, y), steps=5)
+        answer(page)
+    assert count() == 1
+    page.mouse.up()
+    answer(page)
+    assert count() == 2
+    page.click(".dd-clear")
+    assert answer(page) == "?" and count() == 2
+
+
+def test_nothing_is_asked_of_an_empty_pad(open_page):
+    page = open_page()
+    disabled = "[...document.querySelectorAll('.dd-bars button')].map((button) => button.disabled)"
+    assert page.evaluate(disabled) == [False] * 10
+    page.click(".dd-clear")
+    answer(page)
+    assert page.evaluate(disabled) == [True] * 10
+
+
+def test_the_border_ends_a_stroke(open_page):
+    page = open_page()
+    page.click(".dd-clear")
+    page.mouse.move(*corner(page, 0.5, 0.2))
+    page.mouse.down()
+    for x, y in ((1.2, 0.2), (1.2, 0.8), (0.5, 0.8)):
+        page.mouse.move(*corner(page, x, y), steps=10)
+    page.mouse.up()
+    answer(page)
+    ink = "(y) => { const pad = document.querySelector('.dd-pad'); return pad.getContext('2d').getImageData(0.985 * pad.width, y * pad.height, 1, 1).data[3] }"
+    assert [page.evaluate(ink, y) > 0 for y in (0.2, 0.5, 0.8)] == [True, False, True]
+    assert answer(page) != "?"
+
+
 def test_a_finger_draws(open_page):
     page = open_page(has_touch=True, viewport={"width": 390, "height": 844}, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -158,7 +199,7 @@ def test_the_keyboard_is_enough(open_page):
         if label.startswith("A handwritten"):
             page.keyboard.press("Enter")
             assert answer(page) == label[-1]
-            assert page.inner_text(".dd-live").startswith(f"It reads a {label[-1]}")
+            assert page.inner_text(".dd-live").startswith(f"It reads {'an' if label[-1] == '8' else 'a'} {label[-1]}, with")
             seen.append(label[-1])
         if len(seen) == 10:
             break
@@ -174,6 +215,7 @@ def test_the_votes_add_up(open_page):
         page.click(f".dd-bars button:nth-child({digit + 1})")
         answer(page)
         text = page.inner_text(".dd-vote-text").replace(",", "")
-        added, subtracted, total = map(int, re.search(r"(\d+) added − (\d+) subtracted = (-?\d+)", text).groups())
+        found = re.search(r"(\d+) added − (\d+) subtracted = (−?\d+)", text).groups()
+        added, subtracted, total = (int(number.replace("−", "-")) for number in found)
         sums = page.evaluate("(digit) => { const r = kerasMmlDemo.load(kerasMmlDigitWeights); return r.predict(r.samples[3].image).steps[3].sums[digit] }", digit)
         assert added - subtracted == total == sums

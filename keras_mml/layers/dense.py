@@ -56,8 +56,9 @@ class DenseMML(PackableLayer):
         squares float32 cannot hold, vanish in the normalisation.
 
     Output shape:
-        `(batch, ..., units)`, in the compute dtype of the layer. Masks pass through. In half precision the trits and
-        integers are the same, but their scaled values are rounded to the compute dtype before they are multiplied, unless packed.
+        `(batch, ..., units)`, in the compute dtype of the layer. Masks pass through. In half precision the trits are
+        the same, and the integers nearly so, because Keras casts the inputs first. The scaled values of both are rounded to the
+        compute dtype before they are multiplied, unless packed.
 
     Raises:
         ValueError: for an invalid argument, an undefined last dimension, a rank below 2, or inputs of another size

@@ -203,7 +203,8 @@ function prepare(strokes) {
 const ADDED = [43, 127, 200], SUBTRACTED = [222, 74, 70]; // visible on white and on black
 const colour = (rgb, alpha) => `rgb(${rgb.join(" ")} / ${alpha})`;
 const percent = (share) => (share > 0.999 ? "> 99.9%" : `${(100 * share).toFixed(share > 0.99 || share < 0.0995 ? 1 : 0)}%`);
-const whole = (number) => number.toLocaleString("en");
+const spoken = (share) => percent(share).replace("> ", "more than ").replace("%", " percent");
+const whole = (number) => number.toLocaleString("en").replace("-", "−");
 
 const PARTS = `
   <div class="dd-stage">
@@ -246,7 +247,7 @@ function mount(root, network) {
   const pad = $(".dd-pad"), ink = pad.getContext("2d");
   let strokes = [], sample = null, picked = null; // picked: the digit whose votes are shown, if it is not the answer
   let image = null, result = null, answers = 0, milliseconds = 0;
-  let drawing = null, scheduled = false, announced = true; // drawing: the pointer that does
+  let drawing = null, last = null, scheduled = false, announced = true; // drawing: the pointer that does; last: where it was
 
   const bars = network.layers[network.layers.length - 1].bias.length;
   for (let digit = 0; digit < bars; digit++) {
@@ -283,7 +284,6 @@ function mount(root, network) {
 
   /** Show how the vote on this digit went; asked again, or in the next drawing, how the vote on the answer went. */
   function pick(digit) {
-    if (!result) return;
     picked = picked === digit ? null : digit;
     drawAnswer();
     drawPictures();
@@ -297,8 +297,27 @@ function mount(root, network) {
 
   function point(event) {
     const box = pad.getBoundingClientRect();
-    const within = (share) => Math.min(1, Math.max(0, share)) * SIDE;
-    return { x: within((event.clientX - box.left) / box.width), y: within((event.clientY - box.top) / box.height) };
+    return { x: ((event.clientX - box.left) / box.width) * SIDE, y: ((event.clientY - box.top) / box.height) * SIDE };
+  }
+
+  const within = (value) => Math.min(SIDE, Math.max(0, value));
+  const isOnPad = ({ x, y }) => x === within(x) && y === within(y);
+
+  /** Where the way from a point on the pad to one beside it meets the border. */
+  function border(on, beside) {
+    const parts = ["x", "y"].filter((axis) => beside[axis] !== on[axis])
+      .map((axis) => (within(beside[axis]) - on[axis]) / (beside[axis] - on[axis]));
+    const part = Math.min(...parts);
+    return { x: within(on.x + part * (beside.x - on.x)), y: within(on.y + part * (beside.y - on.y)) };
+  }
+
+  /** Go on with the stroke; one that leaves the pad ends at the border, and another begins where the pointer returns. */
+  function moveTo(next) {
+    if (isOnPad(next) && !isOnPad(last)) strokes.push([border(next, last)]);
+    const stroke = strokes[strokes.length - 1];
+    if (isOnPad(next)) stroke.push(next);
+    else if (isOnPad(last)) stroke.push(border(last, next));
+    last = next;
   }
 
   pad.addEventListener("pointerdown", (event) => {
@@ -306,13 +325,14 @@ function mount(root, network) {
     event.preventDefault();
     pad.setPointerCapture(event.pointerId);
     [drawing, sample, picked, announced] = [event.pointerId, null, null, false];
-    strokes.push([point(event)]);
+    last = point(event);
+    strokes.push([last]);
     schedule();
   });
   pad.addEventListener("pointermove", (event) => {
     if (event.pointerId !== drawing) return;
     const events = event.getCoalescedEvents ? event.getCoalescedEvents() : [];
-    strokes[strokes.length - 1].push(...(events.length ? events : [event]).map(point));
+    (events.length ? events : [event]).map(point).forEach(moveTo);
     schedule();
   });
   for (const end of ["pointerup", "pointercancel"]) {
@@ -342,7 +362,7 @@ function mount(root, network) {
     image = sample ? sample.image : prepare(strokes);
     result = empty ? null : network.predict(image);
     milliseconds = performance.now() - start;
-    if (result) answers++;
+    if (result && drawing === null) answers++; // of samples and finished strokes, not of each picture in between
     root.classList.toggle("dd-empty", empty);
     root.classList.toggle("dd-drawn", !empty && !sample);
     drawAnswer();
@@ -409,8 +429,9 @@ function mount(root, network) {
       label.textContent = share >= 0.005 && digit !== answer() ? percent(share) : "";
       label.style.bottom = `${100 * share}%`;
       button.classList.toggle("dd-first", digit === answer());
+      button.disabled = !result;
       button.setAttribute("aria-pressed", String(digit === shown()));
-      button.setAttribute("aria-label", `${digit}: ${percent(share)}`);
+      button.setAttribute("aria-label", `${digit}: ${spoken(share)}`);
     });
   }
 
@@ -450,7 +471,7 @@ function mount(root, network) {
         const trit = first.trits[pixel * first.units + loudest[i]], alpha = result ? 0.16 + 0.84 * image[pixel] : 0.1;
         return trit ? [...(trit === 1 ? ADDED : SUBTRACTED), alpha] : [128, 128, 128, 0.25 * image[pixel]];
       });
-      canvas.setAttribute("aria-label", result ? `Unit ${loudest[i]} of the first layer: its sum is ${result.steps[0].sums[loudest[i]]}.` : "Nothing yet.");
+      canvas.setAttribute("aria-label", result ? `Unit ${loudest[i]} of the first layer: its sum is ${whole(result.steps[0].sums[loudest[i]])}.` : "Nothing yet.");
     });
     $(".dd-unit-text").innerHTML = result
       ? `The ${UNITS_SHOWN} units of the first layer that spoke loudest for the <b>${digit}</b>. Each adds the ink on its `
@@ -471,7 +492,7 @@ function mount(root, network) {
   function announce() {
     if (announced || drawing !== null || !result) return;
     announced = true;
-    $(".dd-live").textContent = `It reads a ${answer()}, with a probability of ${percent(result.probabilities[answer()])}.`;
+    $(".dd-live").textContent = `It reads ${answer() === 8 ? "an" : "a"} ${answer()}, with a probability of ${spoken(result.probabilities[answer()])}.`;
   }
 
   // -- the beginning, and what can change around the demo
