@@ -1,6 +1,7 @@
 """The digit demo in a real browser: the answers of the packed layers in Python, from a folder, without a network."""
 
 import base64
+import json
 import re
 import shutil
 import sys
