@@ -355,7 +355,7 @@ def translate(captured):
     onnxscript.optimizer.optimize(program.model, input_size_limit=1024, output_size_limit=1024)
     return program.model
 
-# %% ../nbs/export.ipynb #77e885b1
+# %% ../nbs/export.ipynb #7375ab05
 def tidy(onnx_model, name, inputs, outputs):
     "Short names, and nothing that only helps to debug, such as the paths of source files."
     from onnxscript import ir
@@ -374,6 +374,9 @@ def tidy(onnx_model, name, inputs, outputs):
     for number, value in enumerate(list(graph.initializers.values())):
         if not value.name.endswith(".weights"):
             value.name = f"_w{number}"
+        value.shape = value.type = None
+        value.metadata_props.clear()
+        value.const_value.metadata_props.clear()
     for node in graph:
         node.name = None if node.op_type != "MatMulNBits" else node.name
     for value, new in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs]):
@@ -381,6 +384,7 @@ def tidy(onnx_model, name, inputs, outputs):
     batch = graph.inputs[0].shape[0]
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(["batch" if size == batch else size for size in value.shape])
+        value.metadata_props.clear()
 
 # %% ../nbs/export.ipynb #4d435ad7
 def check_exportable(model, path):
