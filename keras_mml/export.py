@@ -252,7 +252,7 @@ def recording(capture):
     ):  # fmt: skip
         yield
 
-# %% ../nbs/export.ipynb #063275d0
+# %% ../nbs/export.ipynb #5ca67dfe
 def input_specs(model):
     "Shape, dtype and name of each input."
     inputs = getattr(model, "inputs", None)
@@ -275,7 +275,8 @@ def input_specs(model):
 
 def structured(model, arrays):
     "The inputs as the model takes them."
-    if structure := getattr(model, "_inputs_struct", None):
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is not None:
         return keras.tree.pack_sequence_as(structure, arrays)
     return arrays[0] if len(arrays) == 1 else list(arrays)
 
@@ -323,13 +324,13 @@ def what_failed(model, inputs, capture, error):
         "Make the model with a fixed size there."
     )
 
-# %% ../nbs/export.ipynb #a6b4ac5a
+# %% ../nbs/export.ipynb #38526c5d
 def capture_any_size(model, inputs):
     "Open sizes are tried with a large example first, then with a small one, for models that allow no larger."
     try:
         return capture_graph(model, inputs, 32)
-    except ValueError:
-        if all(None not in spec.shape[1:] for spec in inputs):
+    except ValueError as error:
+        if all(None not in spec.shape[1:] for spec in inputs) or "whose size is open" in str(error):
             raise
         return capture_graph(model, inputs, 8)
 
@@ -418,11 +419,11 @@ def write(onnx_model, path):
         onnx.checker.check_model(file)
         os.replace(file, path)
 
-# %% ../nbs/export.ipynb #0ff9e5a7
+# %% ../nbs/export.ipynb #0dd8c065
 @contextlib.contextmanager
 def quiet():
     "Without the warnings and the progress that are meant for the developers of exporters."
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
