@@ -30,4 +30,5 @@ _choose_backend()
 # %% ../nbs/index.ipynb #8555c3c8
 from . import callbacks, datasets, layers, quantizers
 from .conversion import pack, ternarize, to_dense
+from .export import export_onnx
 from .inspection import summary

@@ -1,0 +1,328 @@
+"""ONNX files: the outputs of Keras in ONNX Runtime for every layer family, small, tidy, and clear errors without half-written files."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from test_family import ATTENTION, CASES, each
+
+import keras_mml
+from keras_mml import pack
+from keras_mml.layers import Conv2DMML, DenseMML, DepthwiseConv2DMML, GRUMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
+from keras_mml.layers.packed import PackableLayer
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("torch")
+
+BACKEND = keras.backend.backend()
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="The other backends hand the model to a process with torch, which one test does.")
+ternary = [c for c in CASES + ATTENTION if hasattr(c.cls(**c.arguments), "packed") and c.arguments.get("use_mml", True)]
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def array(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def export(model, path, **options):
+    "A session for the file, which is checked."
+    keras_mml.export_onnx(model, path, **options)
+    onnx.checker.check_model(path, full_check=True)
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run(session, *inputs):
+    return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs)})
+
+
+def assert_same(outputs, expected, tolerance=1e-5):
+    "Equal but for rounding, and for the few activations that lie between two integers."
+    expected = array(expected)
+    assert outputs.shape == expected.shape and outputs.dtype == "float32"
+    difference, largest = np.abs(outputs - expected), np.abs(expected).max(initial=1e-3)
+    assert np.mean(difference <= tolerance * largest, dtype=float) > 0.8 and difference.max() < 0.05 * largest
+
+
+def nodes(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@on_torch
+@each(ternary)
+def test_every_family_gives_the_outputs_of_keras_for_any_batch(case, tmp_path):
+    x = case.input()
+    model = keras.Model(x, case.apply(case.make(), x))
+    for layer in model._flatten_layers():
+        if isinstance(layer, PackableLayer) and layer.bias is not None:
+            layer.bias.assign(floats(*layer.bias.shape))
+    session, packed = export(model, tmp_path / "model.onnx"), pack(model)  # from the latent model
+    for rows in (1, 3, 17):
+        data = case.data(rows, seed=rows)
+        assert_same(run(session, data)[0], packed(data))
+    products = sum(isinstance(layer, PackableLayer) and getattr(layer, "has_full_rows", True) for layer in model._flatten_layers())
+    assert nodes(tmp_path / "model.onnx").count("MatMulNBits") >= products
+    content = (tmp_path / "model.onnx").read_bytes()
+    secrets = (b"site-packages", b"torch", b"def forward", str(Path(keras_mml.__file__).parent).encode(), os.getcwd().encode())
+    assert not any(secret in content for secret in secrets)
+
+
+@on_torch
+def test_packed_and_latent_models_give_the_same_file(tmp_path):
+    model = keras.Sequential([keras.Input((40,)), DenseMML(33, activation="relu"), DenseMML(3)], name="same")
+    for name, m in (("latent", model), ("packed", pack(model))):
+        keras_mml.export_onnx(m, tmp_path / name)
+    assert (tmp_path / "latent").read_bytes() == (tmp_path / "packed").read_bytes()
+    assert not any(layer.packed for layer in model.layers)
+
+
+@on_torch
+@pytest.mark.parametrize("dim, exact", [(1, True), (31, True), (32, True), (127, True), (128, True), (300, True), (1, False), (129, False)])
+def test_weights_are_2_bits_with_zero_point_1_and_the_scale_of_the_layer(dim, exact, tmp_path):
+    layer = DenseMML(5, scale="channel" if dim % 2 else "tensor", norm=None)
+    model = keras.Sequential([keras.Input((dim,)), layer])
+    session = export(model, tmp_path / "model.onnx", exact=exact)
+    x = floats(9, dim)
+    tolerance = 1e-5 if exact else 0.02
+    np.testing.assert_allclose(run(session, x)[0], array(pack(model)(x)), atol=tolerance * 9, rtol=0)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    graph = onnx.load(tmp_path / "optimized.onnx").graph  # what does not depend on the inputs is computed
+    (node,) = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights, scales, zeros = (stored[name] for name in node.input[1:])
+    settings = {attribute.name: attribute.i for attribute in node.attribute}
+    assert settings["bits"] == 2 and settings["N"] == 5 and settings["block_size"] in (32, 64, 128) and settings["accuracy_level"] == 4
+    assert (zeros == 0b01010101).all()
+    _, gamma = layer.kernel_quantizer.quantize(layer.kernel)
+    assert (scales == np.broadcast_to(array(gamma).reshape(-1, 1), scales.shape)).all()
+    codes = np.stack([weights >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(5, -1)
+    trits = layer.pack().ternary_state()["trits"]
+    assert (codes <= 2).all() and sorted(codes[codes != 1]) == sorted((trits + 1)[trits != 0].tolist())
+
+
+@on_torch
+@pytest.mark.parametrize("bits, norm, gain", [(8, "rms", False), (4, "rms", True), (2, None, False)])
+def test_arguments_of_the_rounding(bits, norm, gain, tmp_path):
+    layer = DenseMML(70, norm=norm, norm_gain=gain, activation_bits=bits, bias_initializer="random_normal")
+    model = keras.Sequential([keras.Input((6, 200)), layer])
+    if gain:
+        layer.gain.assign(np.linspace(0.5, 2, 200))
+    tolerance = 1e-5 if bits == 8 else 1e-4  # beside few levels, the guards weigh more
+    assert_same(run(export(model, tmp_path / "m"), floats(3, 6, 200))[0], pack(model)(floats(3, 6, 200)), tolerance)
+
+
+@on_torch
+@pytest.mark.parametrize("norm", ["rms", None])
+def test_zeros_and_numbers_that_are_not_finite(norm, tmp_path):
+    model = keras.Sequential([keras.Input((200,)), DenseMML(3, norm=norm, bias_initializer="random_normal")])
+    x = floats(7, 200)
+    x[0], x[1] = 0, 1e-12
+    x[2, 0] = x[3, 150] = np.nan
+    x[4, 0], x[5, 150] = np.inf, -np.inf
+    outputs, expected = run(export(model, tmp_path / "m"), x)[0], array(pack(model)(x))
+    np.testing.assert_array_equal(np.isnan(outputs), np.isnan(expected))
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+
+
+def weights_of(model):
+    "Bytes of the weights: 2 bits for a trit, 4 bytes for a number, one scale where all are equal."
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
+    theirs = {id(weight) for layer in layers for weight in layer.weights}
+    total = sum(4 * math.prod(weight.shape) for weight in model.weights if id(weight) not in theirs)
+    for layer in layers:
+        state = layer.ternary_state()
+        trits, scale = state.pop("trits"), state.pop("kernel_scale")
+        total += -(-trits.size // 4) + 4 * (np.unique(scale).size + sum(vector.size for vector in state.values()))
+    return total
+
+
+@on_torch
+def test_files_are_as_small_as_the_weights(tmp_path):
+    dense = [keras.Input((784,)), DenseMML(256), DenseMML(256, scale="channel"), keras.layers.Dense(10)]
+    tokens = [keras.Input((16,), dtype="int32"), TokenEmbedding(16, 50, 128), SwiGLUMML(128)]
+    images = [keras.Input((8, 8, 64)), DepthwiseConv2DMML(3), Conv2DMML(256, 3), Conv2DMML(128, 3, groups=2)]
+    for layers in (dense, tokens, images):
+        model = keras.Sequential(layers)
+        for weight in model.weights:
+            if weight.name == "bias":  # equal vectors would be stored once
+                weight.assign(floats(*weight.shape))
+        keras_mml.export_onnx(model, tmp_path / "model.onnx")
+        assert (tmp_path / "model.onnx").stat().st_size <= 1.15 * weights_of(pack(model))
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [DenseMML(16, activation="relu"), DenseMML(4)]
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+
+@on_torch
+def test_subclassed_models(tmp_path):
+    model = Subclassed()
+    with pytest.raises(ValueError, match="has no weights to export yet"):
+        keras_mml.export_onnx(model, tmp_path / "m")
+    model(floats(1, 8))
+    assert_same(run(export(model, tmp_path / "m"), floats(5, 8))[0], pack(model)(floats(5, 8)))
+    inputs = keras.Input((8,), name="x")
+    wrapped = keras.Model({"x": inputs}, {"b": model(inputs), "a": DenseMML(2)(inputs)})
+    session = export(wrapped, tmp_path / "m")
+    assert [spec.name for spec in session.get_outputs()] == ["a", "b"] and session.get_inputs()[0].name == "x"
+    assert_same(run(session, floats(5, 8))[1], pack(model)(floats(5, 8)))
+
+
+@on_torch
+def test_several_inputs_and_outputs_and_a_shared_layer(tmp_path):
+    left, right = keras.Input((20,), name="left"), keras.Input((20,), name="right")
+    shared = DenseMML(30)
+    model = keras.Model([left, right], [shared(left) + shared(right), keras.layers.Dense(3)(left), right])
+    session, packed = export(model, tmp_path / "model.onnx"), pack(model)
+    x = [floats(4, 20, seed=1), floats(4, 20, seed=2)]
+    for got, wanted in zip(run(session, *x), packed(x)):
+        assert_same(got, wanted)
+    assert [spec.name for spec in session.get_inputs()] == ["left", "right"]
+    assert [spec.name for spec in session.get_outputs()] == ["output_0", "output_1", "output_2"]
+    assert nodes(tmp_path / "model.onnx").count("MatMulNBits") == 2
+    weights = [tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer if tensor.name.endswith(".weights")]
+    assert len(weights) == 1 and list(weights[0].dims) == [30, 5]
+
+
+@on_torch
+def test_sizes_that_are_open(tmp_path):
+    images = [Conv2DMML(5, 3, padding="same", strides=2), keras.layers.GlobalAveragePooling2D(), DenseMML(3)]
+    model = keras.Sequential([keras.Input((None, None, 4)), *images])
+    session, packed = export(model, tmp_path / "m"), pack(model)
+    for shape in [(1, 33, 20, 4), (2, 8, 9, 4)]:
+        assert_same(run(session, floats(*shape))[0], packed(floats(*shape)))
+    block = TransformerBlockMML(embedding_dim=8, ffn_dim=16, num_heads=2, mixer="softmax", rate=0.0)
+    model = keras.Sequential([keras.Input((None, 8)), block])
+    session, packed = export(model, tmp_path / "m"), pack(model)
+    for shape in [(1, 50, 8), (2, 5, 8)]:
+        assert_same(run(session, floats(*shape))[0], packed(floats(*shape)))
+
+
+@on_torch
+def test_masks_and_layers_of_keras(tmp_path):
+    tokens = TokenEmbedding(max_len=8, vocab_size=11, embedding_dim=8, mask_zero=True)
+    normal = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), DenseMML(3, activation="softmax")]
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), tokens, GRUMML(6), *normal])
+    x = np.random.default_rng(0).integers(0, 11, (5, 4)).astype("int32")
+    assert_same(run(export(model, tmp_path / "m"), x)[0], pack(model)(x))
+
+
+@on_torch
+@pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
+def test_half_precision_becomes_float32(policy, tmp_path):
+    layers = [DenseMML(16, activation="relu", dtype=policy), keras.layers.Dense(8, dtype=policy), DenseMML(3, dtype=policy)]
+    model = keras.Sequential([keras.Input((20,)), *layers])
+    assert_same(run(export(model, tmp_path / "m"), floats(5, 20))[0], pack(model)(floats(5, 20)), tolerance=0.03)
+    assert [layer.compute_dtype for layer in layers] == [keras.DTypePolicy(policy).compute_dtype] * 3
+
+
+def refused(tmp_path, model, message, error=ValueError):
+    path = tmp_path / "refused.onnx"
+    path.write_text("what was there")
+    with pytest.raises(error, match=message):
+        keras_mml.export_onnx(model, path)
+    assert path.read_text() == "what was there" and [p.name for p in tmp_path.iterdir()] == ["refused.onnx"]
+
+
+LAMBDAS = [
+    (lambda x: ops.convert_to_tensor(ops.convert_to_numpy(x)), "'step' cannot be exported: torch cannot capture"),
+    (lambda x: x if float(ops.sum(x)) > 0 else -x, "'step' cannot be exported: .* values in a tensor"),
+    (lambda x: ops.qr(x)[0], "'step' cannot be exported: ONNX has no counterpart"),
+    (lambda x: ops.reshape(x, (3, 64)), "'step' cannot be exported: .* one size of the batch"),
+    (lambda x: x if x.shape[0] < 9 else -x, "'step' cannot be exported: .* one size of the batch"),
+]
+
+
+@on_torch
+@pytest.mark.parametrize("function, message", LAMBDAS, ids=["numpy", "branch", "operator", "batch", "size"])
+def test_what_cannot_be_expressed_names_its_layer_and_writes_nothing(function, message, tmp_path):
+    layer = keras.layers.Lambda(function, output_shape=(8, 8), name="step")
+    refused(tmp_path, keras.Sequential([keras.Input((8, 8)), DenseMML(8), layer]), message)
+
+
+@on_torch
+def test_errors(tmp_path):
+    refused(tmp_path, DenseMML(3), "takes a Keras model. Received: <DenseMML")
+    refused(tmp_path, "model", "takes a Keras model. Received: 'model' of type str")
+    refused(tmp_path, keras.Sequential([DenseMML(3)]), "has no weights to export yet")
+    refused(tmp_path, keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), "has no ternary layer. Keras exports it itself")
+    refused(tmp_path, keras.Sequential([keras.Input((5, 8), batch_size=3), GRUMML(4, stateful=True, name="memory")]), "'memory' .* keeps a state")
+    refused(tmp_path, keras.Sequential([keras.Input((None, 8)), GRUMML(4, name="scan")]), "'scan' .* depends on axis 1 of input 'input'")
+    model = keras.Sequential([keras.Input((3,)), DenseMML(2)])
+    with pytest.raises(FileNotFoundError, match="does not exist. Received: path="):
+        keras_mml.export_onnx(model, tmp_path / "no" / "model.onnx")
+    (tmp_path / "refused.onnx").unlink()
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(IsADirectoryError):
+        keras_mml.export_onnx(model, tmp_path / "folder.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name.startswith("onnx") else find(name, *more))
+    model = keras.Sequential([keras.Input((3,)), DenseMML(2)])
+    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+        keras_mml.export_onnx(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="For the other backends.")
+def test_from_this_backend(tmp_path):
+    model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
+    assert_same(run(export(model, tmp_path / "m"), floats(5, 20))[0], pack(model)(floats(5, 20)))
+    odd = keras.Sequential([keras.Input((20,)), DenseMML(30), keras.layers.Lambda(lambda x: 2 * x)])
+    (tmp_path / "m").unlink()
+    refused(tmp_path, odd, "handed to a process with torch")
+
+
+FROM_JAX = """
+import keras, keras_mml, numpy as np, sys
+from keras_mml.layers import DenseMML
+
+model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
+keras_mml.export_onnx(model, "model.onnx")
+np.save("expected.npy", keras_mml.pack(model).predict(np.load("x.npy"), verbose=0))
+"""
+
+
+@on_torch
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+def test_from_jax(tmp_path):
+    x = floats(5, 20)
+    np.save(tmp_path / "x.npy", x)
+    paths = os.pathsep.join([str(Path(keras_mml.__file__).parent.parent), *sys.path])
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", FROM_JAX], cwd=tmp_path, env=environment, check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert_same(run(session, x)[0], np.load(tmp_path / "expected.npy"))
+
+
+@on_torch
+def test_digits_are_read_as_well_as_in_keras(tmp_path):
+    (x, y), (x_test, y_test) = keras_mml.datasets.load_mnist()
+    x, x_test = (images.reshape(-1, 784).astype("float32") / 255 for images in (x[:2000], x_test))
+    model = keras.Sequential([keras.Input((784,)), DenseMML(128, activation="relu"), DenseMML(10)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y[:2000], batch_size=50, epochs=1, verbose=0)
+    classes = [outputs.argmax(1) for outputs in (run(export(model, tmp_path / "m"), x_test)[0], pack(model).predict(x_test, verbose=0))]
+    assert (classes[1] == y_test).mean() > 0.7
+    assert abs((classes[0] == y_test).mean() - (classes[1] == y_test).mean()) <= 0.001 and (classes[0] == classes[1]).mean() > 0.998
