@@ -116,36 +116,33 @@ def shape_here(variable):
 
 
 def train_families():
-    "Losses, weights and the shapes of parts for each way, and what the packed models predict."
+    "Losses, weights and the shapes of parts for each way; of the last, also what it predicts, and what its checkpoint does when it is packed."
     data = family_data()
     for way, prepare in ways().items():
         model = prepare(lambda: compiled(family_model))
         losses = fit(way, model, data, epochs=3)
         parts = [[v.path, list(v.shape), list(shape_here(v))] for v in model.trainable_variables]
-        predicted = model.predict(data[0], batch_size=16, verbose=0)
-        scales = scales_of(model)
-        path = FOLDER / f"{way}.keras"
-        distribution.save(model, path)
-        if distribution.process()[0] == 0:
-            keras.distribution.set_distribution(None)
-            saved = keras.saving.load_model(path)
-            packed = keras_mml.pack(saved).predict(data[0], batch_size=16, verbose=0)
-            np.savez(FOLDER / f"{way}.npz", *saved.get_weights())
-            errors = {name: float(np.abs(packed[name] - predicted[name]).max()) for name in packed}
-            write(f"{way}.json", dict(losses=losses, parts=parts, packed=errors, scales=scales))
+        with distribution.gathered(model):
+            write_arrays(way, model.variables)
+        write(f"{way}.json", dict(losses=losses, parts=parts))
+    predicted = model.predict(data[0], batch_size=16, verbose=0)
+    scales = scales_of(model) if JAX else []
+    distribution.save(model, FOLDER / "last.keras")
+    if distribution.process()[0] == 0:
+        keras.distribution.set_distribution(None)
+        packed = keras_mml.pack(keras.saving.load_model(FOLDER / "last.keras")).predict(data[0], batch_size=16, verbose=0)
+        write("last.json", dict(packed={name: np.abs(packed[name] - predicted[name]).max(axis=1).tolist() for name in packed}, scales=scales))
 
 
 def scales_of(model):
-    "γ as each layer computes it in training, and the mean of its whole kernel."
-    scales = []
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, L.DenseMML) and layer.scale == "tensor"]
-    if JAX:
-        import jax
+    "γ as each layer computes it in training, the mean of its whole kernel, and that of the part here."
+    import jax
 
-        for layer in layers:
-            gamma = jax.jit(lambda kernel, layer=layer: layer.kernel_quantizer.quantize(kernel)[1])(layer.kernel.value)
-            scales.append([float(gamma), float(np.abs(np.asarray(layer.kernel)).mean())])
-    return scales
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, L.DenseMML) and layer.scale == "tensor"]
+    kernels = [layer.kernel.value for layer in layers]
+    gammas = jax.jit(lambda kernels: [layer.kernel_quantizer.quantize(k)[1] for layer, k in zip(layers, kernels)])(kernels)
+    means = [[float(np.abs(np.asarray(array)).mean()) for array in (k, k.addressable_shards[0].data)] for k in kernels]
+    return [[float(gamma), *mean] for gamma, mean in zip(gammas, means)]
 
 
 def save_each():
@@ -170,10 +167,12 @@ def go_on_from_each():
 
 
 def write_state(name, model):
+    write_arrays(name, [*model.variables, *model.optimizer.variables])
+
+
+def write_arrays(name, variables):
     if distribution.process()[0] == 0:
-        state = {v.path.split("/", 1)[-1] + str(i): keras.ops.convert_to_numpy(v) for i, v in enumerate(model.variables)}
-        moments = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
-        np.savez(FOLDER / f"{name}.npz", *state.values(), *moments)
+        np.savez(FOLDER / f"{name}.npz", *[keras.ops.convert_to_numpy(v) for v in variables])
 
 
 def corner_cases():
