@@ -120,7 +120,7 @@ def train_families():
     data = family_data()
     for way, prepare in ways().items():
         model = prepare(lambda: compiled(family_model))
-        losses = fit(way, model, data, epochs=3)
+        losses = fit(way, model, data, epochs=2)
         parts = [[v.path, list(v.shape), list(shape_here(v))] for v in model.trainable_variables]
         with distribution.gathered(model):
             write_arrays(way, model.variables)
