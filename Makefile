@@ -22,13 +22,13 @@ or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: .venv/.ready ## create .venv and install everything for development (torch)
+setup: .venv/.ready ## create .venv and install everything for development (torch, and jax for training on several devices)
 .venv/.ready: pyproject.toml constraints.txt tools/setup.sh
-	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot
+	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch jax plot
 	@touch $@
 
 .venv/.ready-backends: .venv/.ready
-	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot jax tensorflow
+	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch jax plot tensorflow
 	@touch $@
 
 site: setup ## execute the notebooks and build the website into _docs
