@@ -80,7 +80,7 @@ class _Writer:
             self.constants[key] = self.store(array, f"c{len(self.constants)}")
         return self.constants[key]
 
-# %% ../nbs/export.ipynb #68ea6af4
+# %% ../nbs/export.ipynb #6f4289c3
 def _write_linear(w, x, packed, scale, bias=None, gain=None, *, units, normalize, bits, layer):
     "What `packed_linear` computes."
     rank, dim, step = len(x.shape), x.shape[-1], None
@@ -89,7 +89,7 @@ def _write_linear(w, x, packed, scale, bias=None, gain=None, *, units, normalize
     if normalize:
         x = w.op("RMSNormalization", x, gain or w.constant([1]), axis=-1, epsilon=NORM_EPSILON)
     if bits:
-        x, step = _write_rounding(w, x, bits)
+        x, step = _write_rounding(w, x, bits, normalize)
     if w.exact:
         x = _write_guards(w, x, rank, dim)
     y = _write_product(w, x, packed, scale, dim, units, layer)
@@ -98,13 +98,15 @@ def _write_linear(w, x, packed, scale, bias=None, gain=None, *, units, normalize
     y = y if step is None else w.op("Mul", y, step)
     return y if bias is None else w.op("Add", y, bias)
 
-def _write_rounding(w, x, bits):
+def _write_rounding(w, x, bits, normalized):
     "Whole numbers, and the step between them."
     limit = w.constant(2 ** (bits - 1) - 1)
     magnitudes, last = w.op("Abs", x), w.constant([-1], "i8")
     largest, mean = (w.op(name, magnitudes, last, keepdims=1) for name in ("ReduceMax", "ReduceMean"))
     largest = w.op("Max", largest, mean, w.constant(SCALE_EPSILON))
-    return w.op("Round", w.op("Mul", x, w.op("Div", limit, largest))), w.op("Div", largest, limit)
+    per_step = w.op("Div", limit, largest)
+    limit = limit if normalized else w.op("Mul", per_step, largest)  # the same number, but `nan` where the largest is infinite
+    return w.op("Round", w.op("Mul", x, per_step)), w.op("Div", largest, limit)
 
 # %% ../nbs/export.ipynb #58668020
 def _write_padding(w, x, rank, count, value):
@@ -248,7 +250,7 @@ def _recording(capture):
     ):  # fmt: skip
         yield
 
-# %% ../nbs/export.ipynb #b2157c04
+# %% ../nbs/export.ipynb #69d123fe
 def _input_specs(model):
     "Shape, dtype and name of each input."
     inputs = getattr(model, "inputs", None)
@@ -256,7 +258,8 @@ def _input_specs(model):
         shape = (model.get_build_config() or {}).get("input_shape")
         if not isinstance(shape, (tuple, list)) or not all(size is None or isinstance(size, int) for size in shape):
             raise ValueError(
-                f"The inputs of '{model.name}' are not known. Wrap it: `inputs = keras.Input(...)`, and export `keras.Model(inputs, model(inputs))`."
+                f"The inputs of '{model.name}' are not known. Wrap it: `inputs = keras.Input(...)`, and export "
+                "`keras.Model(inputs, model(inputs))`."
             )
         inputs = [keras.KerasTensor(shape)]
     for spec in inputs:
@@ -285,7 +288,21 @@ def _first_line(error):
     line = (lines or [type(error).__name__])[0]
     return "What happens next depends there on the values in a tensor." if "DataDependent" in line else line
 
-# %% ../nbs/export.ipynb #68849735
+# %% ../nbs/export.ipynb #ea6e4f3f
+def _what_failed(model, inputs, capture, error):
+    "The message: the layer, and why."
+    layer = f"Layer '{capture.path[-1].name}'" if capture.path[1:] else f"'{model.name}'"
+    if capture.sizes.assumed is None:
+        return f"{layer} cannot be exported: torch cannot capture what it computes. {_first_line(error)}"
+    number, axis = capture.sizes.assumed
+    if axis == 0:
+        return f"{layer} cannot be exported: what it computes holds for one size of the batch only."
+    return (
+        f"{layer} cannot be exported: what it computes depends on axis {axis} of input '{inputs[number].name}', whose size is open. "
+        "Make the model with a fixed size there."
+    )
+
+# %% ../nbs/export.ipynb #0806eb80
 def _capture_graph(model, inputs, size):
     "The model as a graph of torch with marks, and the names of its outputs. Where an input leaves a size open, `size` is the example."
     import torch
@@ -308,19 +325,6 @@ def _capture_graph(model, inputs, size):
             return torch.export.export(Flat().eval(), arrays, dynamic_shapes=(shapes,), strict=False), names
     except Exception as error:
         raise ValueError(_what_failed(model, inputs, capture, error)) from error
-
-def _what_failed(model, inputs, capture, error):
-    "The message: the layer, and why."
-    layer = f"Layer '{capture.path[-1].name}'" if capture.path[1:] else f"'{model.name}'"
-    if capture.sizes.assumed is None:
-        return f"{layer} cannot be exported: torch cannot capture what it computes. {_first_line(error)}"
-    number, axis = capture.sizes.assumed
-    if axis == 0:
-        return f"{layer} cannot be exported: what it computes holds for one size of the batch only."
-    return (
-        f"{layer} cannot be exported: what it computes depends on axis {axis} of input '{inputs[number].name}', whose size is open. "
-        "Make the model with a fixed size there."
-    )
 
 # %% ../nbs/export.ipynb #aaa96635
 def _capture_any_size(model, inputs):
@@ -385,7 +389,7 @@ def _tidy(onnx_model, name, inputs, outputs):
         value.shape = ir.Shape(["batch" if size == batch else size for size in value.shape])
         value.metadata_props.clear()
 
-# %% ../nbs/export.ipynb #fbedef74
+# %% ../nbs/export.ipynb #ff7b7ec3
 def _check_exportable(model, path):
     "Raise an error for what can be seen before anything is computed."
     missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -399,7 +403,9 @@ def _check_exportable(model, path):
         raise ValueError(f"'{model.name}' has no ternary layer. Keras exports it itself: `model.export(path, format=\"onnx\")`.")
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
-            raise ValueError(f"Layer '{layer.name}' cannot be exported: it keeps a state between calls (`stateful=True`), which an ONNX file cannot.")
+            raise ValueError(
+                f"Layer '{layer.name}' cannot be exported: it keeps a state between calls (`stateful=True`), which an ONNX file cannot."
+            )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder '{path.parent}' does not exist. Received: path='{path}'")
 
@@ -433,11 +439,11 @@ def _quiet():
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
-# %% ../nbs/export.ipynb #52177384
+# %% ../nbs/export.ipynb #ad7c5fb6
 def export_onnx(
     model,       # a built Keras model with ternary layers, packed or not
     path,        # of the file to write
-    exact=True,  # whether the integer sums are exact; `False` lets ONNX Runtime round activations a second time, which saves a few operators
+    exact=True,  # whether integers are kept; `False` lets ONNX Runtime round them once more, which saves a few operators
 ):
     """Write the model as an ONNX file whose ternary products have weights of 2 bits. The batch may have any size.
 

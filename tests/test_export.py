@@ -126,8 +126,10 @@ def test_arguments_of_the_rounding(bits, norm, gain, tmp_path):
 
 
 @on_torch
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("norm", ["rms", None])
-def test_zeros_and_numbers_that_are_not_finite(norm, tmp_path):
+def test_zeros_and_numbers_that_are_not_finite(norm, seed, tmp_path):
+    keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((200,)), DenseMML(3, norm=norm, bias_initializer="random_normal")])
     x = floats(7, 200)
     x[0], x[1] = 0, 1e-12
