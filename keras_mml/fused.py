@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LINEAR', 'linear_linked', 'CHAIN', 'chain_linked', 'ROWS', 'COLUMNS', 'KIND', 'DIM', 'UNITS', 'SHAPE',
-           'ARRAYS', 'softmax', 'activate', 'link_chain', 'step_at', 'chain_at', 'run_chain', 'chain_threads', 'Step',
-           'program_of', 'Chain', 'activate_rows']
+           'ARRAYS', 'softmax', 'activate', 'link_chain', 'row_at', 'step_at', 'chain_at', 'run_chain', 'chain_threads',
+           'Step', 'program_of', 'Chain', 'activate_rows']
 
-# %% ../nbs/fused.ipynb #732aa3ab
+# %% ../nbs/fused.ipynb #91fa2710
 import functools
 import math
 from typing import NamedTuple
@@ -19,7 +19,10 @@ from numba import njit, prange, types
 
 from . import kernels
 from .constants import largest_integer
-from .vector_kernels import COMPILED, ISA, at, c_address, linear_in, working_memory
+from .packing import BLOCK_DIM, BLOCK_UNITS
+from keras_mml.vector_kernels import (
+    COMPILED, ISA, TILE_UNITS, at, c_address, dot_tile, linear_in, quantize_row, rescale, working_memory,
+)  # fmt: skip
 
 # %% ../nbs/fused.ipynb #acd20783
 ACTIVATIONS = ("linear", "relu", "sigmoid", "tanh", "silu", "gelu", "softmax")
@@ -68,16 +71,35 @@ def link_chain():
     binding.add_symbol(linear_linked.symbol, c_address(linear_in, LINEAR))
     binding.add_symbol(chain_linked.symbol, c_address(chain_at, CHAIN))
 
-# %% ../nbs/fused.ipynb #8f589b07
+# %% ../nbs/fused.ipynb #779164df
 ROWS = 96  # at a time: a multiple of every tile, and enough for each weight that is read to be used often
 COLUMNS = 13  # of a program: what `Step` says, in this order, and in the first line from `SHAPE` on the shape of a sample
 KIND, DIM, UNITS, SHAPE = 0, 1, 2, 9
 
 @njit(**COMPILED)
+def row_at(memory, x, dim, packed, units, scale, bias, gain, normalize, limit, outputs):
+    "`linear_in` for a single row with a bias: first all sums, then all outputs, in loops as long as they can be."
+    dim_blocks, unit_blocks = (dim + BLOCK_DIM - 1) // BLOCK_DIM, (units + BLOCK_UNITS - 1) // BLOCK_UNITS
+    stride = dim_blocks * BLOCK_DIM
+    normalized_at, sums_at = memory + stride, memory + 5 * stride
+    q, normalized = numba.carray(at(memory), stride, np.int8), numba.carray(at(normalized_at), dim, np.float32)
+    x, gain = numba.carray(at(x), dim, np.float32), numba.carray(at(gain), dim if gain else 0, np.float32)
+    row_scale, row_sum = quantize_row(x, gain, normalize, np.float32(limit), normalized, q)
+    for block in range(unit_blocks):
+        for step in range(0, BLOCK_UNITS, TILE_UNITS):
+            weights = packed + 256 * block * dim_blocks + 4 * step
+            dot_tile(1, memory, stride, weights, dim_blocks, sums_at + 4 * (BLOCK_UNITS * block + step))
+    sums, outputs = numba.carray(at(sums_at), units, np.int32), numba.carray(at(outputs), units, np.float32)
+    scale, bias = numba.carray(at(scale), units, np.float32), numba.carray(at(bias), units, np.float32)
+    rescale(sums, row_sum, row_scale, scale, bias, outputs)
+
+@njit(**COMPILED)
 def step_at(memory, x, rows, line, outputs):
     "One line of a program."
     kind, dim, units, packed, scale, bias, gain, normalize, limit = line[0], line[1], line[2], line[3], line[4], line[5], line[6], line[7], line[8]
-    if packed:
+    if packed and rows == 1:
+        row_at(memory, x, dim, packed, units, scale, bias, gain, normalize != 0, limit, outputs)
+    elif packed:
         linear_linked(memory, x, rows, dim, packed, units, scale, bias, gain, normalize != 0, limit, outputs, 0, 1)
     else:
         inputs, results = numba.carray(at(x), rows * dim, np.float32), numba.carray(at(outputs), rows * dim, np.float32)
@@ -88,7 +110,7 @@ def step_at(memory, x, rows, line, outputs):
         for r in range(rows):
             activate(numba.carray(at(outputs + 4 * r * units), units, np.float32), kind)
 
-# %% ../nbs/fused.ipynb #e2393349
+# %% ../nbs/fused.ipynb #db92437a
 @njit(**COMPILED)
 def chain_at(x, rows, program, steps, outputs):
     """All steps of a program. `x`, of shape (rows, first dim), `program`, of shape (steps, COLUMNS), and `outputs`, of shape (rows, last units), are
@@ -97,7 +119,7 @@ def chain_at(x, rows, program, steps, outputs):
     chunk, widest, size = min(rows, ROWS), 0, 0
     for s in range(steps):
         widest, size = max(widest, lines[s, UNITS]), max(size, working_memory(chunk, lines[s, DIM], 1))
-    size = (size + 63) // 64 * 64
+    size = (size + 4 * (widest + BLOCK_UNITS) + 63) // 64 * 64
     memory = np.empty(size + 8 * chunk * widest, np.uint8)
     working = memory.ctypes.data
     dim, units = lines[0, DIM], lines[steps - 1, UNITS]
@@ -133,7 +155,7 @@ def chain_threads(x, rows, program, steps, dim, units, outputs, parts):
         done += chain_linked(x + 4 * first * dim, last - first, program, steps, outputs + 4 * first * units)
     return done
 
-# %% ../nbs/fused.ipynb #a0729cc5
+# %% ../nbs/fused.ipynb #f004c018
 class Step(NamedTuple):
     "One layer of a chain. Without a kernel, it rescales by `scale` and `bias`, of size 1."
     dim: int                # number of inputs
@@ -155,7 +177,8 @@ def program_of(
     program[0, SHAPE : SHAPE + len(shape)] = shape
     for line, step in zip(program, steps):
         packed = step.packed if step.packed is None else np.ascontiguousarray(step.packed, np.uint8)
-        vectors = [None if v is None else np.ascontiguousarray(v, np.float32) for v in (step.scale, step.bias, step.gain)]
+        bias = np.zeros(step.units) if step.bias is None else step.bias
+        vectors = [None if v is None else np.ascontiguousarray(v, np.float32) for v in (step.scale, bias, step.gain)]
         if packed is not None:
             kernels.check_arguments(np.empty((0, step.dim)), packed, *vectors, step.units, step.bits)
         keep += [packed, *vectors]
