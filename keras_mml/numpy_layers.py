@@ -139,7 +139,7 @@ def activation_of(spec, argument="activation"):
         raise ValueError(f"The runtime has no activation {name!r}. It has {sorted(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
-# %% ../nbs/numpy_layers.ipynb #dbe70209
+# %% ../nbs/numpy_layers.ipynb #281ca0d5
 def bits_of(activation_bits):
     "The width of activations, however the configuration says it."
     if isinstance(activation_bits, dict) and activation_bits.get("class_name") == "AbsmaxInt":
@@ -159,18 +159,18 @@ def ternary_state(spec, shape, channels, bias):
     return decode_state(spec.arrays[f"{spec.path}/vars/packed"], sizes), bits
 
 class Ternary:
-    "A `DenseMML`: its function, and in `step` what a `fused.Step` wants to know."
+    "A `DenseMML`: its function, and in `weights` what a `fused.Step` wants to know."
 
     def __init__(self, spec, dim, units, use_bias=True, activation="linear"):
         state, bits = ternary_state(spec, (dim, units), dim, use_bias)
-        self.step = dict(
+        self.weights = dict(
             dim=dim, units=units, packed=pack_ternary(state["trits"]), scale=np.ascontiguousarray(state["kernel_scale"]),
             bias=state.get("bias"), gain=state.get("gain"), normalize=spec.config["norm"] == "rms", bits=bits, activation=activation,
         )  # fmt: skip
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x):
-        s = self.step
+        s = self.weights
         y = kernels.ternary_linear(x, s["packed"], s["units"], s["scale"], s["bias"], s["gain"], s["normalize"], s["bits"])
         return self.activation(y)
 

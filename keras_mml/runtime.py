@@ -191,7 +191,7 @@ def _functional(config, arrays, path):
             calls += _calls_of(layer, *_make(layer, arrays, paths.get(layer["name"], "")))
     return Graph(calls, _structure(config["input_layers"]), _structure(config["output_layers"]), known)
 
-# %% ../nbs/runtime.ipynb #4a4cc9b9
+# %% ../nbs/runtime.ipynb #d39c4fbe
 def _links(calls, outputs):
     "The calls in groups: each call in a group takes what the one before gives, and nobody else does."
     uses = {}
@@ -211,7 +211,7 @@ def _chain_step(call, steps):
     from keras_mml import fused
     kind, config = _class_of(call.config), call.config["config"]
     if isinstance(call.function, Ternary):
-        step = fused.Step(**call.function.step)
+        step = fused.Step(**call.function.weights)
         return [*steps, step] if step.activation in fused.ACTIVATIONS and step.dim <= kernels.MAX_DIM else None
     if kind == "Dropout":
         return steps
@@ -277,7 +277,7 @@ def _matched(tree, given, known, values):
     for key in keys:
         _matched(tree[key], given[key], known, values)
 
-# %% ../nbs/runtime.ipynb #337b3233
+# %% ../nbs/runtime.ipynb #07124665
 FLOAT32, empty = np.dtype(np.float32), np.empty
 
 class Model:
@@ -305,7 +305,7 @@ class Model:
         last = self.calls[-1]
         if len(self.calls) == 1 and last.arguments == [graph.inputs] and graph.outputs == last.reference and hasattr(last.function, "program"):
             from keras_mml import fused
-            self.fast = last.function.few, fused.run_chain, last.function.program, last.function.units
+            self.fast = fused.run_chain, last.function.program, last.function.units
 
     def __call__(self, x, cache=None):
         """The outputs for a batch of inputs.
@@ -315,15 +315,17 @@ class Model:
         """
         if self.fast is not None and cache is None:
             try:
-                few, run, program, units = self.fast
-                if x.dtype is FLOAT32 and len(x) <= few:
+                run, program, units = self.fast
+                if x.dtype is FLOAT32:
                     outputs = empty((len(x), units), FLOAT32)
                     if run(x, program, outputs):
                         return outputs
             except (AttributeError, TypeError):  # no array, or one that is not C-contiguous
                 pass
-        values = {}
-        _matched(self.graph.inputs, x, self.graph.known, values)
+        values, known = {}, self.graph.known
+        if cache is not None:  # any number of steps
+            known = {name: {"dtype": one.get("dtype", "float32")} for name, one in known.items()}
+        _matched(self.graph.inputs, x, known, values)
         with np.errstate(all="ignore"):
             return self._run(values, cache)
 
