@@ -155,13 +155,20 @@ def _calls_of(config, function, each_step):
             raise ValueError(f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}")
         yield Call(Reference(config["config"]["name"], number), function, [_tree(a) for a in node["args"]], config, each_step)
 
-# %% ../nbs/runtime.ipynb #3e45e08c
+# %% ../nbs/runtime.ipynb #8fe9f600
 class Graph(NamedTuple):
     "The calls of a model, trees of references to its inputs and outputs, and what is known of each input."
     calls: list
     inputs: object
     outputs: object
-    known: dict
+    known: dict  # shape and dtype of each input
+
+def _input_of(config):
+    "The shape and the dtype of an input, `None` for a shape that is not known."
+    shape, dtype = config.get("batch_shape"), config.get("dtype", "float32")
+    if not isinstance(dtype, str) or not all(size is None or type(size) is int for size in shape or ()):
+        raise ValueError(f"An input has a shape and a dtype. Received: {shape!r} and {dtype!r}")
+    return shape, dtype
 
 def _sequential(config, arrays, path):
     layers = [layer for layer in config["layers"] if _class_of(layer) != "InputLayer"]
@@ -172,7 +179,7 @@ def _sequential(config, arrays, path):
         calls.append(Call(Reference(layer["config"]["name"]), function, [before], layer, each_step))
         before = calls[-1].reference
     first = config["layers"][0]
-    return Graph(calls, inputs, before, {inputs[:2]: first["config"] if len(layers) < len(config["layers"]) else {}})
+    return Graph(calls, inputs, before, {inputs[:2]: _input_of(first["config"] if first not in layers else {})})
 
 def _structure(value):
     "The inputs or outputs of a functional model: lists and dictionaries of what stands for a reference."
@@ -186,7 +193,7 @@ def _functional(config, arrays, path):
     calls, known = [], {}
     for layer in config["layers"]:
         if _class_of(layer) == "InputLayer":
-            known[layer["config"]["name"], 0] = layer["config"]
+            known[layer["config"]["name"], 0] = _input_of(layer["config"])
         else:
             calls += _calls_of(layer, *_make(layer, arrays, paths.get(layer["name"], "")))
     return Graph(calls, _structure(config["input_layers"]), _structure(config["output_layers"]), known)
@@ -247,10 +254,10 @@ def _fused(group):
     call = group[end - 1]._replace(function=chain, arguments=group[start].arguments, each_step=False)
     return [*group[:start], call, *_fused(group[end:])]
 
-# %% ../nbs/runtime.ipynb #66d5582f
+# %% ../nbs/runtime.ipynb #bc6397cb
 def _as_input(name, value, known):
     "An input as the network wants it; a `ValueError` if it has another shape."
-    shape, dtype = known.get("batch_shape"), known.get("dtype", "float32")
+    shape, dtype = known
     x = np.asarray(value)
     if x.dtype.kind not in "biuf":
         raise ValueError(f"Input '{name}' should be numbers. Received: {x.dtype}")
@@ -269,7 +276,7 @@ def _as_input(name, value, known):
 def _matched(tree, given, known, values):
     "Put what is given into the places of the inputs."
     if isinstance(tree, Reference):
-        values[tree[:2]] = _as_input(tree.layer, given, known.get(tree[:2], {}))
+        values[tree[:2]] = _as_input(tree.layer, given, known[tree[:2]])
         return
     keys = tree.keys() if isinstance(tree, dict) else range(len(tree))
     if not isinstance(given, type(tree) if isinstance(tree, dict) else (list, tuple)) or len(given) != len(tree) or (isinstance(tree, dict) and keys - given.keys()):
@@ -277,7 +284,7 @@ def _matched(tree, given, known, values):
     for key in keys:
         _matched(tree[key], given[key], known, values)
 
-# %% ../nbs/runtime.ipynb #07124665
+# %% ../nbs/runtime.ipynb #3671f2c4
 FLOAT32, empty = np.dtype(np.float32), np.empty
 
 class Model:
@@ -299,8 +306,8 @@ class Model:
         self.calls = _ordered(graph.calls, inputs)
         if any(isinstance(call.function, Ternary) for call in self.calls) and kernels.vector_kernels() is not None:
             self.calls = [call for group in _links(self.calls, graph.outputs) for call in _fused(group)]
-        known = inputs | {call.reference[:2] for call in self.calls}
-        if not self.calls or not {r[:2] for r in _references(graph.outputs)} <= known:
+        given = inputs | {call.reference[:2] for call in self.calls}
+        if not self.calls or not {r[:2] for r in _references(graph.outputs)} <= given or not inputs <= graph.known.keys():
             raise ValueError(f"The outputs of '{self.name}' are not connected.")
         last = self.calls[-1]
         if len(self.calls) == 1 and last.arguments == [graph.inputs] and graph.outputs == last.reference and hasattr(last.function, "program"):
@@ -324,7 +331,7 @@ class Model:
                 pass
         values, known = {}, self.graph.known
         if cache is not None:  # any number of steps
-            known = {name: {"dtype": one.get("dtype", "float32")} for name, one in known.items()}
+            known = {name: (None, dtype) for name, (_, dtype) in known.items()}
         _matched(self.graph.inputs, x, known, values)
         with np.errstate(all="ignore"):
             return self._run(values, cache)
@@ -332,8 +339,9 @@ class Model:
     def _run(self, values, cache):
         after = {}
         for call in self.calls:
-            inputs = [_filled(argument, values) for argument in call.arguments]
+            inputs = []
             try:
+                inputs = [_filled(argument, values) for argument in call.arguments]
                 if cache is not None and hasattr(call.function, "step"):
                     result, after[call.reference[:2]] = call.function.step(*inputs, cache[call.reference[:2]])
                 else:
@@ -342,7 +350,10 @@ class Model:
                 shapes = [getattr(x, "shape", x) for x in inputs]
                 raise ValueError(f"Layer '{call.reference.layer}' cannot take inputs of shape {shapes}: {error}") from error
             values[call.reference[:2]] = result
-        outputs = _filled(self.graph.outputs, values)
+        try:
+            outputs = _filled(self.graph.outputs, values)
+        except IndexError:
+            raise ValueError(f"'{self.name}' has an output that its layers do not give.") from None
         return outputs if cache is None else (outputs, after)
 
     def step(self, x, cache):
@@ -373,14 +384,15 @@ class Model:
     def __repr__(self):
         return f"<keras_mml.runtime.Model '{self.name}': {' → '.join(type(c.function).__name__ if hasattr(c.function, 'program') else c.reference.layer for c in self.calls)}>"
 
-# %% ../nbs/runtime.ipynb #2e31238d
+# %% ../nbs/runtime.ipynb #95207b61
 def load(
     file,  # a path, the bytes of a file, or a file object opened for reading bytes
 ):         # a `Model`
     "Load a packed model. Raises `FileNotFoundError`, and `ValueError` for anything that is not a packed model that the runtime knows."
     name, content = _content(file)
     try:
-        return Model(*_parts(content))
+        with np.errstate(all="ignore"):
+            return Model(*_parts(content))
     except Exception as error:  # from the libraries that read zip, JSON and so on, too
         raise ValueError(f"{name} cannot be loaded. {error or type(error).__name__}") from error
 
