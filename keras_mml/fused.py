@@ -200,7 +200,7 @@ def program_of(
         line[:SHAPE] = ACTIVATIONS.index(step.activation), step.dim, step.units, *addresses, step.normalize, largest_integer(step.bits)
     return program, keep
 
-# %% ../nbs/fused.ipynb #1131c011
+# %% ../nbs/fused.ipynb #0acd1a1d
 class Chain:
     """Packed layers that are called as one.
 
@@ -228,17 +228,20 @@ class Chain:
 
     def __call__(self, x):
         "Outputs of shape `(rows, units)`, float32, for inputs of shape `(rows, *shape)`."
-        x = np.require(x, np.float32, ["C", "W"])
+        if x.dtype != np.float32 or not x.flags.carray:
+            x = np.require(x, np.float32, ["C", "W"])
+        if len(x) <= self.few:
+            outputs = np.empty((len(x), self.units), np.float32)
+            if run_chain(x, self.program, outputs):
+                return outputs
         if x.shape[1:] != self.shape:
             raise ValueError(f"Expected samples of shape {self.shape}. Received: inputs of shape {x.shape}")
-        rows, threads = len(x), 1 if len(x) <= self.few else kernels.thread_count()
-        if rows > self.few and (self.generic or 1 < threads and rows < 16 * threads):  # few rows of large layers: threads share each
+        rows, threads = len(x), kernels.thread_count()
+        if self.generic or 1 < threads and rows < 16 * threads:  # few rows of large layers: threads share each
             return self._one_by_one(x.reshape(rows, -1))
         outputs = np.empty((rows, self.units), np.float32)
         places = self.program.ctypes.data, len(self.steps), self.steps[0].dim, self.units, outputs.ctypes.data
-        if rows <= self.few:
-            run_chain(x, self.program, outputs)
-        elif threads == 1:
+        if threads == 1:
             chain_at(x.ctypes.data, rows, *places[:2], outputs.ctypes.data)
         else:
             kernels.check_done(chain_threads(x.ctypes.data, rows, *places, threads), threads)

@@ -139,7 +139,7 @@ def activation_of(spec, argument="activation"):
         raise ValueError(f"The runtime has no activation {name!r}. It has {sorted(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
-# %% ../nbs/numpy_layers.ipynb #281ca0d5
+# %% ../nbs/numpy_layers.ipynb #6c0df95e
 def bits_of(activation_bits):
     "The width of activations, however the configuration says it."
     if isinstance(activation_bits, dict) and activation_bits.get("class_name") == "AbsmaxInt":
@@ -167,12 +167,19 @@ class Ternary:
             dim=dim, units=units, packed=pack_ternary(state["trits"]), scale=np.ascontiguousarray(state["kernel_scale"]),
             bias=state.get("bias"), gain=state.get("gain"), normalize=spec.config["norm"] == "rms", bits=bits, activation=activation,
         )  # fmt: skip
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.chain = ACTIVATIONS[activation], None
+        if dim <= kernels.MAX_DIM and kernels.vector_kernels() is not None:
+            from keras_mml import fused
+            self.chain = fused.Chain([fused.Step(**{**self.weights, "activation": "linear"})], (dim,))
 
     def __call__(self, x):
         s = self.weights
-        y = kernels.ternary_linear(x, s["packed"], s["units"], s["scale"], s["bias"], s["gain"], s["normalize"], s["bits"])
-        return self.activation(y)
+        if x.shape[-1] != s["dim"]:
+            raise ValueError(f"Expected inputs of size {s['dim']}. Received: inputs of shape {x.shape}")
+        if self.chain is None:
+            return self.activation(kernels.ternary_linear(x, s["packed"], s["units"], s["scale"], s["bias"], s["gain"], s["normalize"], s["bits"]))
+        rows = x.reshape(-1, s["dim"])
+        return self.activation(self.chain(rows).reshape(*x.shape[:-1], s["units"]))
 
 # %% ../nbs/numpy_layers.ipynb #54dec449
 @layer("keras_mml>DenseMML", each_step=True)
