@@ -71,8 +71,9 @@ def link_chain():
     binding.add_symbol(linear_linked.symbol, c_address(linear_in, LINEAR))
     binding.add_symbol(chain_linked.symbol, c_address(chain_at, CHAIN))
 
-# %% ../nbs/fused.ipynb #96e66dbb
+# %% ../nbs/fused.ipynb #719a1585
 ROWS = 96  # at a time: a multiple of every tile, and enough for each weight that is read to be used often
+# Compiled code contains these numbers: after changing one, delete keras_mml/__pycache__ and ~/.cache/ipython/numba_cache.
 COLUMNS = 14  # of a program: what `Step` says, and in the first line from `SHAPE` on the shape of a sample, then how many rows are few
 DIM, UNITS, SHAPE, FEW = 1, 2, 9, 13
 

@@ -19,7 +19,7 @@ from . import kernels
 from .hdf5 import SIGNATURE, read_hdf5
 from .numpy_layers import ACTIVATIONS, LAYERS, Specification, Ternary
 
-# %% ../nbs/runtime.ipynb #e8209b54
+# %% ../nbs/runtime.ipynb #105e0e24
 EXPANSION = 64  # how many times larger than the archive a part of it may be
 
 def _part(archive, name, length):
@@ -36,9 +36,12 @@ def _parts(content):
     if not content.startswith(b"PK\x03\x04"):
         found = "empty" if not content else "an HDF5 file, with weights alone or a model as Keras 2 saved it" if content.startswith(SIGNATURE) else "no Keras file"
         raise ValueError(f"It is {found}. Save a whole model: `keras_mml.pack(model).save('model.keras')`.")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        config = json.loads(_part(archive, "config.json", len(content)))
-        return config, read_hdf5(_part(archive, "model.weights.h5", len(content)))
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            config = json.loads(_part(archive, "config.json", len(content)))
+            return config, read_hdf5(_part(archive, "model.weights.h5", len(content)))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"It is damaged or incomplete: {error}.") from error
 
 # %% ../nbs/runtime.ipynb #c1c71624
 def _class_of(config):
