@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'LINEAR', 'linear_linked', 'CHAIN', 'chain_linked', 'ROWS', 'COLUMNS', 'DIM', 'UNITS', 'SHAPE', 'FEW',
-           'ARRAYS', 'softmax', 'activate', 'link_chain', 'row_at', 'rescale_relu', 'step_at', 'chain_at', 'run_chain',
-           'chain_threads', 'Step', 'program_of', 'Chain', 'activate_rows']
+           'ISA_LANES', 'ARRAYS', 'softmax', 'activate', 'link_chain', 'dot_narrow', 'row_at', 'rescale_relu',
+           'step_at', 'chain_at', 'run_chain', 'chain_threads', 'Step', 'program_of', 'Chain', 'activate_rows']
 
-# %% ../nbs/fused.ipynb #91fa2710
+# %% ../nbs/fused.ipynb #554752e3
 import functools
 import math
 from typing import NamedTuple
@@ -16,12 +16,13 @@ import numba
 import numpy as np
 from llvmlite import binding
 from numba import njit, prange, types
+from numba.extending import intrinsic
 
 from . import kernels
 from .constants import largest_integer
 from .packing import BLOCK_DIM, BLOCK_UNITS
 from keras_mml.vector_kernels import (
-    COMPILED, ISA, TILE_UNITS, at, c_address, dot_tile, linear_in, quantize_row, rescale, working_memory,
+    COMPILED, ISA, TILE_UNITS, at, c_address, dot_tile, emit_tile, linear_in, quantize_row, rescale, working_memory,
 )  # fmt: skip
 
 # %% ../nbs/fused.ipynb #acd20783
@@ -71,11 +72,22 @@ def link_chain():
     binding.add_symbol(linear_linked.symbol, c_address(linear_in, LINEAR))
     binding.add_symbol(chain_linked.symbol, c_address(chain_at, CHAIN))
 
-# %% ../nbs/fused.ipynb #719a1585
+# %% ../nbs/fused.ipynb #e5fe899b
 ROWS = 96  # at a time: a multiple of every tile, and enough for each weight that is read to be used often
 # Compiled code contains these numbers: after changing one, delete keras_mml/__pycache__ and ~/.cache/ipython/numba_cache.
 COLUMNS = 14  # of a program: what `Step` says, and in the first line from `SHAPE` on the shape of a sample, then how many rows are few
 DIM, UNITS, SHAPE, FEW = 1, 2, 9, 13
+
+ISA_LANES = ISA.lanes
+
+@intrinsic
+def dot_narrow(typing, x, packed, packed_blocks, sums):
+    "`dot_tile` for one row and one vector of outputs, which is enough for ten classes."
+    def codegen(context, builder, signature, args):
+        x, packed, packed_blocks, sums = args
+        emit_tile(builder, ISA._replace(vectors=1), 1, x, x, packed, packed_blocks, sums)
+        return context.get_dummy_value()
+    return types.void(*[types.int64] * 4), codegen
 
 @njit(**COMPILED)
 def row_at(memory, x, kind, dim, packed, units, scale, bias, gain, normalize, limit, outputs):
@@ -87,9 +99,13 @@ def row_at(memory, x, kind, dim, packed, units, scale, bias, gain, normalize, li
     x, gain = numba.carray(at(x), dim, np.float32), numba.carray(at(gain), dim if gain else 0, np.float32)
     row_scale, row_sum = quantize_row(x, gain, normalize, np.float32(limit), normalized, q)
     for block in range(unit_blocks):
-        for step in range(0, BLOCK_UNITS, TILE_UNITS):
-            weights = packed + 256 * block * dim_blocks + 4 * step
-            dot_tile(1, memory, stride, weights, dim_blocks, sums_at + 4 * (BLOCK_UNITS * block + step))
+        weights, block_sums_at = packed + 256 * block * dim_blocks, sums_at + 4 * BLOCK_UNITS * block
+        left = min(BLOCK_UNITS, units - BLOCK_UNITS * block)
+        if left <= ISA_LANES:
+            dot_narrow(memory, weights, dim_blocks, block_sums_at)
+        else:
+            for step in range(0, left, TILE_UNITS):
+                dot_tile(1, memory, stride, weights + 4 * step, dim_blocks, block_sums_at + 4 * step)
     sums, outputs = numba.carray(at(sums_at), units, np.int32), numba.carray(at(outputs), units, np.float32)
     scale, bias = numba.carray(at(scale), units, np.float32), numba.carray(at(bias), units, np.float32)
     if kind == 1:
@@ -144,11 +160,11 @@ def chain_at(x, rows, program, steps, outputs):
             inputs = here
     return 1 + 0 * memory[0]  # a use of the array, so that it lives until here
 
-# %% ../nbs/fused.ipynb #b9497251
+# %% ../nbs/fused.ipynb #a251cb53
 link_chain()
 ARRAYS = [types.Array(types.float32, axes, "C") for axes in (2, 3, 4)]
 
-@njit([types.boolean(x, types.Array(types.int64, 2, "C"), ARRAYS[0]) for x in ARRAYS], **COMPILED)
+@njit([types.boolean(x, types.Array(types.int64, 2, "C"), ARRAYS[0]) for x in ARRAYS], **{**COMPILED, "nogil": False})
 def run_chain(x, program, outputs):
     "Fill the outputs. False, and nothing is done, if the samples have another shape than the program says, or are too many for one thread."
     if x.shape[0] > program[0, FEW]:
@@ -201,7 +217,7 @@ def program_of(
         line[:SHAPE] = ACTIVATIONS.index(step.activation), step.dim, step.units, *addresses, step.normalize, largest_integer(step.bits)
     return program, keep
 
-# %% ../nbs/fused.ipynb #0acd1a1d
+# %% ../nbs/fused.ipynb #b6631197
 class Chain:
     """Packed layers that are called as one.
 
@@ -223,7 +239,7 @@ class Chain:
             raise ValueError(f"The steps of a chain must fit together. Received: samples of shape {self.shape}, and steps of sizes {sizes}")
         self.program, self.keep = program_of(steps, shape)
         self.generic = ISA.name == "generic"  # for which, with many rows, NumPy is faster
-        self.few = max(1, kernels.PARALLEL // max(1, sum(step.dim * step.units for step in steps)))
+        self.few = kernels.PARALLEL // max(1, sum(step.dim * step.units for step in steps))
         self.few = min(self.few, kernels.FLOAT_ROWS - 1) if self.generic else self.few
         self.program[0, FEW] = self.few
 
