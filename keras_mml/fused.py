@@ -72,8 +72,8 @@ def link_chain():
     binding.add_symbol(linear_linked.symbol, c_address(linear_in, LINEAR))
     binding.add_symbol(chain_linked.symbol, c_address(chain_at, CHAIN))
 
-# %% ../nbs/fused.ipynb #e5fe899b
-ROWS = 96  # at a time: a multiple of every tile, and enough for each weight that is read to be used often
+# %% ../nbs/fused.ipynb #de5e3d75
+ROWS = 48  # at a time: a multiple of every tile, and enough for each weight that is read to be used often
 # Compiled code contains these numbers: after changing one, delete keras_mml/__pycache__ and ~/.cache/ipython/numba_cache.
 COLUMNS = 14  # of a program: what `Step` says, and in the first line from `SHAPE` on the shape of a sample, then how many rows are few
 DIM, UNITS, SHAPE, FEW = 1, 2, 9, 13
@@ -160,11 +160,11 @@ def chain_at(x, rows, program, steps, outputs):
             inputs = here
     return 1 + 0 * memory[0]  # a use of the array, so that it lives until here
 
-# %% ../nbs/fused.ipynb #a251cb53
+# %% ../nbs/fused.ipynb #b9497251
 link_chain()
 ARRAYS = [types.Array(types.float32, axes, "C") for axes in (2, 3, 4)]
 
-@njit([types.boolean(x, types.Array(types.int64, 2, "C"), ARRAYS[0]) for x in ARRAYS], **{**COMPILED, "nogil": False})
+@njit([types.boolean(x, types.Array(types.int64, 2, "C"), ARRAYS[0]) for x in ARRAYS], **COMPILED)
 def run_chain(x, program, outputs):
     "Fill the outputs. False, and nothing is done, if the samples have another shape than the program says, or are too many for one thread."
     if x.shape[0] > program[0, FEW]:
@@ -217,7 +217,7 @@ def program_of(
         line[:SHAPE] = ACTIVATIONS.index(step.activation), step.dim, step.units, *addresses, step.normalize, largest_integer(step.bits)
     return program, keep
 
-# %% ../nbs/fused.ipynb #b6631197
+# %% ../nbs/fused.ipynb #05d9c261
 class Chain:
     """Packed layers that are called as one.
 
@@ -239,7 +239,9 @@ class Chain:
             raise ValueError(f"The steps of a chain must fit together. Received: samples of shape {self.shape}, and steps of sizes {sizes}")
         self.program, self.keep = program_of(steps, shape)
         self.generic = ISA.name == "generic"  # for which, with many rows, NumPy is faster
-        self.few = kernels.PARALLEL // max(1, sum(step.dim * step.units for step in steps))
+        work = [step.dim * step.units for step in steps]
+        self.few = max(1, kernels.PARALLEL // sum(work)) if kernels.thread_limit() > 1 else 2**40
+        self.wide = kernels.PARALLEL // max(work)  # rows from which on a single layer is worth sharing
         self.few = min(self.few, kernels.FLOAT_ROWS - 1) if self.generic else self.few
         self.program[0, FEW] = self.few
 
@@ -254,11 +256,11 @@ class Chain:
         if x.shape[1:] != self.shape:
             raise ValueError(f"Expected samples of shape {self.shape}. Received: inputs of shape {x.shape}")
         rows, threads = len(x), kernels.thread_count()
-        if self.generic or 1 < threads and rows < 16 * threads:  # few rows of large layers: threads share each
+        if self.generic or rows < 16 * threads and rows > self.wide:  # few rows of large layers: threads share each
             return self._one_by_one(x.reshape(rows, -1))
         outputs = np.empty((rows, self.units), np.float32)
         places = self.program.ctypes.data, len(self.steps), self.steps[0].dim, self.units, outputs.ctypes.data
-        if threads == 1:
+        if threads == 1 or rows < 16 * threads:
             chain_at(x.ctypes.data, rows, *places[:2], outputs.ctypes.data)
         else:
             kernels.check_done(chain_threads(x.ctypes.data, rows, *places, threads), threads)

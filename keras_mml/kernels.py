@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT_ROWS', 'MAX_DIM', 'PARALLEL', 'product_numpy', 'quantize_rows', 'linear_numpy', 'vector_kernels', 'kernel_for',
-           'thread_count', 'ternary_linear', 'check_done', 'check_arguments']
+           'thread_limit', 'thread_count', 'ternary_linear', 'check_done', 'check_arguments']
 
 # %% ../nbs/kernels.ipynb #f0118648
 import functools
@@ -118,10 +118,14 @@ def _threads_are_safe():
         torch.set_num_threads(threads_of_torch)  # numba has set the OpenMP library's count, which may be torch's as well
     return numba.threading_layer() != "workqueue"
 
+def thread_limit():
+    "The number of threads that the environment variable `OMP_NUM_THREADS` allows."
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return max(1, int(limit)) if limit.isdecimal() else math.inf
+
 def thread_count():
     "The number of threads that a large product is shared among."
-    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    limit = max(1, int(limit)) if limit.isdecimal() else math.inf
+    limit = thread_limit()
     if limit == 1 or _forked or not _threads_are_safe():
         return 1
     import numba
