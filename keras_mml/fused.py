@@ -217,7 +217,7 @@ def program_of(
         line[:SHAPE] = ACTIVATIONS.index(step.activation), step.dim, step.units, *addresses, step.normalize, largest_integer(step.bits)
     return program, keep
 
-# %% ../nbs/fused.ipynb #05d9c261
+# %% ../nbs/fused.ipynb #375d4cc1
 class Chain:
     """Packed layers that are called as one.
 
@@ -225,7 +225,7 @@ class Chain:
         steps: list of `Step`s, each of which takes what the one before gives.
         shape: the shape of a sample, up to three numbers; it is read as one row.
 
-    Up to `few` rows, `run_chain` with the `program` is the fastest way; a call finds the fastest for any number of rows.
+    Up to `few` rows, `run_chain` with the `program` is the fastest way, and with `OMP_NUM_THREADS=1` it always is; a call finds the fastest for any number of rows.
 
     Raises:
         ValueError: for steps that do not fit together, and for inputs of another shape.
