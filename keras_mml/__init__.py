@@ -25,10 +25,25 @@ def _choose_backend():
     if "keras" not in sys.modules and chosen not in installed and "tensorflow" not in installed[:1]:
         os.environ.setdefault("KERAS_BACKEND", next(iter(installed), "tensorflow"))
 
-_choose_backend()
+_HAS_KERAS = importlib.util.find_spec("keras") is not None  # `keras_mml.runtime` needs none
+if _HAS_KERAS:
+    _choose_backend()
 
 # %% ../nbs/index.ipynb #8555c3c8
-from . import callbacks, datasets, layers, quantizers
-from .conversion import pack, ternarize, to_dense
-from .export import export_onnx
-from .inspection import summary
+if _HAS_KERAS:  # at once, since Keras finds our layers in its files by their registration
+    from keras_mml import callbacks, datasets, layers, quantizers
+    from keras_mml.conversion import pack, ternarize, to_dense
+    from keras_mml.export import export_onnx
+    from keras_mml.inspection import summary
+
+# %% ../nbs/index.ipynb #a4337614
+_NEED_KERAS = ("callbacks", "datasets", "layers", "quantizers", "pack", "ternarize", "to_dense", "export_onnx", "summary")
+
+def __getattr__(name):
+    "What is not here: all but the runtime, where Keras is not installed."
+    if name in _NEED_KERAS and not _HAS_KERAS:
+        raise ImportError(
+            f'`keras_mml.{name}` needs Keras, which is not installed. Install it with a backend: `pip install "keras_mml[torch]"`. '
+            "Without it, `keras_mml.runtime` predicts with packed models."
+        )
+    raise AttributeError(f"module 'keras_mml' has no attribute '{name}'")

@@ -22,7 +22,8 @@ from keras import layers, ops
 from . import layers as matmul_free
 from .layers.composed import Composed
 from .layers.packed import PackableLayer
-from .quantizers import NORM_EPSILON, AbsmaxInt
+from .constants import NORM_EPSILON
+from .quantizers import AbsmaxInt
 
 # %% ../nbs/conversion.ipynb #a8bfb915
 def _copy(model, replace=lambda layer: None):

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from . import kernels
+from .constants import largest_integer
 from .layers.normalization import rms_normalize
 from .packing import BLOCK_DIM, BLOCK_UNITS, pack_ternary
 from .quantizers import absmax_int, to_float32
@@ -58,7 +59,7 @@ def _register_torch():
         outputs = torch.empty((*leading, units), dtype=torch.float32)
         done = kernel(
             x.data_ptr(), rows, dim, packed.data_ptr(), units, scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            0 if gain is None else gain.data_ptr(), normalize, kernels.largest_integer(bits), outputs.data_ptr(), 0, parts,
+            0 if gain is None else gain.data_ptr(), normalize, largest_integer(bits), outputs.data_ptr(), 0, parts,
         )  # fmt: skip
         kernels.check_done(done, parts)
         return outputs
@@ -128,7 +129,7 @@ def _jax_cpu(x, packed, scale, bias, gain, *, units, normalize, bits, parts):
     result = jax.ShapeDtypeStruct((x.shape[0], units), np.float32)
     bias, gain = (np.zeros(0, np.float32) if v is None else to_float32(v) for v in (bias, gain))
     if parts:
-        settings = np.array([normalize, kernels.largest_integer(bits), parts], np.int32)
+        settings = np.array([normalize, largest_integer(bits), parts], np.int32)
         call = jax.ffi.ffi_call("keras_mml_linear", result, vmap_method="sequential")
         return call(x, packed, scale, bias, gain, settings)
 

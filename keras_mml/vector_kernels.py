@@ -9,8 +9,8 @@ __all__ = ['byte', 'half', 'word', 'address', 'single', 'AVX512_VNNI', 'AVX_VNNI
            'vector_of', 'constant', 'call', 'pointer', 'load', 'broadcast', 'dot_vnni', 'dot_avx2', 'dot_neon',
            'dot_generic', 'InstructionSet', 'cpu_features', 'instruction_set', 'emit_tile', 'dot_tile', 'at',
            'as_float', 'can_cache', 'mean_square', 'largest_magnitude', 'round_row', 'take_row', 'quantize_row',
-           'linear_at', 'c_address', 'link', 'linear_threads_at', 'xla_buffer', 'xla_size', 'xla_handler',
-           'xla_handler_address']
+           'working_memory', 'rescale', 'linear_in', 'linear_at', 'c_address', 'link', 'linear_threads_at',
+           'xla_buffer', 'xla_size', 'xla_handler', 'xla_handler_address']
 
 # %% ../nbs/vector_kernels.ipynb #c4e3545a
 import functools
@@ -24,8 +24,8 @@ from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from .constants import NORM_EPSILON, SCALE_EPSILON
 from .packing import BLOCK_DIM, BLOCK_UNITS
-from .quantizers import NORM_EPSILON, SCALE_EPSILON
 
 # %% ../nbs/vector_kernels.ipynb #1d83576a
 byte, half, word, address, single = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -229,11 +229,11 @@ def largest_magnitude(x):
     return as_float(largest)
 
 @njit(**COMPILED)
-def round_row(x, per_unit, q):
-    "`q = round(x * per_unit)`, with zeros behind its end. Returns the sum."
+def round_row(x, per_rms, per_unit, q):
+    "`q = round(x * per_rms * per_unit)`, with zeros behind its end. Returns the sum."
     total = np.int32(0)
     for k in range(x.size):
-        value = np.int32(np.rint(x[k] * per_unit))
+        value = np.int32(np.rint(x[k] * per_rms * per_unit))
         q[k] = np.int8(value)
         total = np.int32(total + value)
     for k in range(x.size, q.size):
@@ -260,31 +260,39 @@ def quantize_row(x, gain, normalize, limit, normalized, q):
     "Fill `q` with the integers of row `x`, up to `limit`; 0 says that they are whole numbers already. Returns their scale and their sum."
     if limit == 0:
         return np.float32(1), take_row(x, q)
+    per_rms = np.float32(1)
     if normalize:
-        per_rms = np.float32(1) / np.sqrt(mean_square(x) + np.float32(NORM_EPSILON))
-        for k in range(x.size):
-            normalized[k] = x[k] * per_rms
+        per_rms /= np.sqrt(mean_square(x) + np.float32(NORM_EPSILON))
         if gain.size:
             for k in range(x.size):
-                normalized[k] *= gain[k]
-        x = normalized
-    largest = max(largest_magnitude(x), np.float32(SCALE_EPSILON))
+                normalized[k] = x[k] * per_rms * gain[k]
+            x, per_rms = normalized, np.float32(1)
+    largest = largest_magnitude(x) * per_rms  # rounding keeps the order: it is the largest of all that are multiplied
     if not largest < np.inf:
         q[:] = 0
         return np.float32(np.nan), np.int32(0)
-    return largest / limit, round_row(x, limit / largest, q)
+    largest = max(largest, np.float32(SCALE_EPSILON))
+    return largest / limit, round_row(x, per_rms, limit / largest, q)
 
 # %% ../nbs/vector_kernels.ipynb #66cf3a3f
 TILE_ROWS, TILE_UNITS = ISA.rows, ISA.lanes * ISA.vectors  # of this processor
 
 @njit(**COMPILED)
-def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts):
-    """`kernels.ternary_linear` for C-contiguous arrays given by address, of which it checks nothing. Always returns 1.
+def working_memory(rows, dim, parts):
+    "How many bytes `linear_in` works in."
+    rows = rows // parts + 1 if rows >= 16 * parts else rows
+    stride = (dim + BLOCK_DIM - 1) // BLOCK_DIM * BLOCK_DIM
+    return rows * (stride + 8) + 4 * stride + 4 * BLOCK_UNITS * (TILE_ROWS + 1)
 
-    `x` is float32 of shape (rows, dim), `packed` uint8 as `packing.packed_shape(dim, units)` says, with valid codes; `scale` and `bias`
-    are float32 of size units, `gain` of size dim, `outputs` of shape (rows, units). The address 0 stands for no bias or no gain.
-    `dim` is at most `kernels.MAX_DIM`. Of `parts` parts of the work, number `part` is done.
-    """
+@njit(**COMPILED)
+def rescale(sums, row_sum, row_scale, scale, bias, outputs):
+    "From the sums of codes to the outputs of a row."
+    for n in range(outputs.size):
+        outputs[n] = np.float32(np.int32(sums[n] - row_sum)) * (row_scale * scale[n]) + bias[n]
+
+@njit(**COMPILED)
+def linear_in(memory, x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts):
+    "`linear_at` in memory that is there already, given by its address."
     dim_blocks, unit_blocks = (dim + BLOCK_DIM - 1) // BLOCK_DIM, (units + BLOCK_UNITS - 1) // BLOCK_UNITS
     x = numba.carray(at(x), (rows, dim), np.float32)
     scale = numba.carray(at(scale), units, np.float32)
@@ -297,10 +305,9 @@ def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, 
     elif parts > 1:
         first_block, unit_blocks = unit_blocks * part // parts, unit_blocks * (part + 1) // parts
 
-    # Memory to work in is cut out of one array, as allocating and counting six would take longer than rounding a row.
+    # The memory to work in is cut into six pieces, as allocating and counting these would take longer than rounding a row.
     stride = dim_blocks * BLOCK_DIM
-    memory = np.empty(rows * (stride + 8) + 4 * stride + 4 * BLOCK_UNITS * (TILE_ROWS + 1), np.uint8)
-    q_at = memory.ctypes.data
+    q_at = memory
     normalized_at = q_at + rows * stride
     sums_at = normalized_at + 4 * stride
     zeros_at = sums_at + 4 * BLOCK_UNITS * TILE_ROWS
@@ -328,10 +335,21 @@ def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, 
                 weights = packed + 256 * block * dim_blocks + 4 * step
                 dot_tile(height, q_at + done * stride, stride, weights, dim_blocks, sums_at + 4 * step)
             for r in range(height):
-                row, row_sum, row_scale = outputs[first_row + done + r, first:last], row_sums[done + r], row_scales[done + r]
-                for n in range(row.size):
-                    row[n] = np.float32(np.int32(sums[r, n] - row_sum)) * (row_scale * block_scale[n]) + block_bias[n]
+                row = outputs[first_row + done + r, first:last]
+                rescale(sums[r], row_sums[done + r], row_scales[done + r], block_scale, block_bias, row)
             done += height
+    return 1
+
+@njit(**COMPILED)
+def linear_at(x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts):
+    """`kernels.ternary_linear` for C-contiguous arrays given by address, of which it checks nothing. Always returns 1.
+
+    `x` is float32 of shape (rows, dim), `packed` uint8 as `packing.packed_shape(dim, units)` says, with valid codes; `scale` and `bias`
+    are float32 of size units, `gain` of size dim, `outputs` of shape (rows, units). The address 0 stands for no bias or no gain.
+    `dim` is at most `kernels.MAX_DIM`. Of `parts` parts of the work, number `part` is done.
+    """
+    memory = np.empty(working_memory(rows, dim, parts), np.uint8)
+    linear_in(memory.ctypes.data, x, rows, dim, packed, units, scale, bias, gain, normalize, limit, outputs, part, parts)
     return 1 + 0 * memory[0]  # a use of the array, so that it lives until here
 
 # %% ../nbs/vector_kernels.ipynb #ab0abd95

@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as hnp
 from keras import ops
 
 from keras_mml import quantizers
-from keras_mml.quantizers import SCALE_EPSILON, AbsmaxInt, AbsmeanTernary, absmax_int, absmean_ternary
+from keras_mml.constants import SCALE_EPSILON
+from keras_mml.quantizers import AbsmaxInt, AbsmeanTernary, absmax_int, absmean_ternary
 from keras_mml.testing import gradients
 
 # A few shapes, because jax compiles anew for each

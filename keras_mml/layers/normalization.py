@@ -10,7 +10,8 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from .arguments import defined_last_dimension
-from ..quantizers import NORM_EPSILON, to_float32
+from ..constants import NORM_EPSILON
+from ..quantizers import to_float32
 
 # %% ../../nbs/layers/normalization.ipynb #1aca0e3e
 def rms_normalize(

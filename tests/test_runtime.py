@@ -1,0 +1,425 @@
+"""The runtime: what it predicts against Keras, what it refuses, and ten thousand damaged files."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_mml
+from keras_mml import kernels, runtime
+from keras_mml.layers import (
+    AttentionMML, Conv1DMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, GLUMML, GeGLUMML, GRUMML, LRUMML, PatchEmbedding, Patches, RMSNorm,
+    SwiGLUMML, TokenEmbedding, TransformerBlockMML,
+)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parent.parent
+RNG = np.random.default_rng(0)
+
+
+def saved(model, packed=True):
+    "The model, packed, and the bytes of its file."
+    keras.utils.set_random_seed(1)
+    for weight in model.weights:  # also those that start as zeros and ones
+        if "seed" not in weight.name and "count" not in weight.name:
+            noise = RNG.normal(size=weight.shape).astype("float32")
+            weight.assign(np.abs(noise) + 0.1 if "variance" in weight.name else ops.convert_to_numpy(weight) + 0.1 * noise)
+    model = keras_mml.pack(model) if packed else model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        return model, Path(folder, "model.keras").read_bytes()
+
+
+def sequential(shape, *parts, dtype="float32", packed=True):
+    return saved(keras.Sequential([keras.Input(shape, dtype=dtype), *parts]), packed)
+
+
+def difference(a, b):
+    "Shares of outputs that differ by more than rounding, and the largest difference, both relative to the largest output."
+    a, b = (np.concatenate([np.ravel(ops.convert_to_numpy(v)) for v in keras.tree.flatten(tree)]) for tree in (a, b))
+    assert a.shape == b.shape
+    gap = np.abs(a - b) / max(np.abs(a).max(), 1e-3)
+    return (gap > 1e-4).mean(), gap.max()
+
+
+MODELS = {
+    "mlp": ((6, 5), [layers.Rescaling(0.5, 1), layers.Flatten(), DenseMML(70, "relu", norm_gain=True), layers.Dropout(0.1), DenseMML(9, "gelu", scale="channel"),
+                     layers.Dense(8), layers.Activation("tanh"), layers.BatchNormalization(), layers.LayerNormalization(), layers.RMSNormalization(),
+                     DenseMML(5, norm=None, activation_bits=4), layers.Softmax()]),
+    "reshapes": ((4, 6), [layers.Permute((2, 1)), layers.Reshape((-1, 8)), DenseMML(5, use_bias=False), RMSNorm(use_bias=True), layers.LeakyReLU(),
+                          layers.GlobalAveragePooling1D(), layers.RepeatVector(2), DenseMML(3)]),
+    "convnet": ((12, 12, 3), [Conv2DMML(8, 3, padding="same", activation="relu", norm_gain=True), layers.MaxPooling2D(), layers.BatchNormalization(),
+                              DepthwiseConv2DMML(3, depth_multiplier=2, strides=2), layers.ReLU(max_value=6), Conv2DMML(8, 2, groups=2, norm=None),
+                              layers.GlobalMaxPooling2D(), DenseMML(4)]),
+    "keras convnet": ((9, 9, 4), [layers.ZeroPadding2D(((1, 0), (2, 1))), layers.Conv2D(6, 3, strides=2, padding="same", groups=2, activation="silu"),
+                                  layers.DepthwiseConv2D(2, depth_multiplier=2), layers.UpSampling2D((1, 2)), layers.AveragePooling2D(2, padding="same"),
+                                  layers.Flatten(), DenseMML(4)]),
+    "sequences": ((16, 4), [Conv1DMML(6, 3, padding="causal", dilation_rate=2, activation="relu"), layers.Conv1D(5, 2, strides=2, padding="causal"),
+                            layers.AveragePooling1D(2), Conv1DMML(6, 2), layers.MaxPooling1D(2, padding="same"), layers.Flatten(), DenseMML(4)]),
+    "gru": ((7, 10), [GRUMML(12, num_heads=3, forget_lower_bound=[0.1, 0.5, 0.9], learn_lower_bound=True, return_sequences=True), GRUMML(6, fully_mml=True, go_backwards=True), DenseMML(3)]),
+    "lru": ((7, 10), [LRUMML(6, 8, return_sequences=True, use_bias=True), LRUMML(5, 4, fully_mml=True), DenseMML(3)]),
+    "gated": ((10,), [GLUMML(8, intermediate_size=16), SwiGLUMML(8, intermediate_size=12, use_bias=False), GeGLUMML(6, hidden_ratio=2), DenseMML(3)]),
+    "attention": ((6, 8), [AttentionMML(2, 8), AttentionMML(2, 8, causal=False, fully_mml=False), DenseMML(3)]),
+    "vision": ((8, 8, 1), [Patches(4), PatchEmbedding(4, 8, with_positions=True), TransformerBlockMML(8, 16, 2, mixer="softmax", causal=False, rotary=False),
+                           layers.GlobalAveragePooling1D(), DenseMML(3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_predicts_what_keras_predicts(name):
+    shape, parts = MODELS[name]
+    model, content = sequential(shape, *parts)
+    x = RNG.normal(size=(5, *shape)).astype("float32")
+    share, largest = difference(model.predict(x, verbose=0), runtime.load(content)(x))
+    print(f"{name}: largest relative difference {largest:.1e}")
+    assert share <= 0.02 and largest < 0.02  # a number between two integers may be rounded to the other one, where floats came before
+
+
+def test_a_graph_with_several_inputs_and_outputs():
+    a, b = keras.Input((6,), name="first"), keras.Input((6,), name="second")
+    shared = DenseMML(8, activation="relu")
+    x, y = shared(a), shared(b)
+    z = layers.Concatenate()([layers.Add()([x, y]), layers.Multiply()([x, y]), x - y * 2.0, layers.Maximum()([x, y]), layers.Average()([x, y])])
+    inner = keras.Sequential([DenseMML(7), layers.Dense(5)])
+    model, content = saved(keras.Model({"first": a, "second": b}, {"one": inner(z), "two": [DenseMML(3)(inner(z)), x]}))
+    given = {name: RNG.normal(size=(4, 6)).astype("float32") for name in ("first", "second")}
+    loaded = runtime.load(content)
+    expected, received = model.predict(given, verbose=0), loaded(given)
+    assert received.keys() == {"one", "two"} and len(received["two"]) == 2
+    assert difference(expected, received)[1] < 1e-4
+    with pytest.raises(ValueError, match="takes a dict of 2 inputs"):
+        loaded(given["first"])
+
+
+def test_integers_are_equal_bit_by_bit():
+    "Outputs of a chain without functions that are rounded differently, one row, a few, and many; so are the sums and the rounded inputs."
+    model, content = sequential((28, 28), layers.Flatten(), *[DenseMML(96, "relu", norm_gain=bool(i % 2)) for i in range(3)], DenseMML(10))
+    loaded = runtime.load(content)
+    assert [type(call.function).__name__ for call in loaded.calls] == ["Chain"] and loaded.fast
+    x = RNG.normal(size=(1200, 28, 28)).astype("float32")
+    x[3], x[5, 2, 2], x[7, 0, 0] = 0, np.nan, np.inf
+    for rows in (1, 2, 6, 100, 1200):
+        np.testing.assert_array_equal(model.predict(x[:rows], batch_size=1200, verbose=0), loaded(x[:rows]))
+    assert np.isnan(loaded(x)[[5, 7]]).all() and np.isfinite(np.delete(loaded(x), [5, 7], axis=0)).all()
+
+
+def test_a_convolution_rounds_as_keras_does():
+    layer = Conv2DMML(4, 3)
+    x = RNG.normal(size=(64, 14, 14, 8)).astype("float32")
+    model, content = sequential((14, 14, 8), layer)
+    from keras_mml.layers.normalization import rms_normalize
+    rows = x.reshape(64, -1)
+    q, scale = (ops.convert_to_numpy(v) for v in layer.activation_quantizer.quantize(rms_normalize(rows)))
+    ours, our_scale = kernels.quantize_rows(rows, None, True, 8)
+    assert (q != ours).mean() < 1e-4 and np.abs(q - ours).max() <= 1
+    np.testing.assert_allclose(scale, our_scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [RNG.integers(0, 255, (3, 4, 4)).astype("uint8"), RNG.normal(size=(3, 4, 4, 1)), RNG.normal(size=(4, 4, 3)).T, []], ids=["uint8", "rank", "order", "empty"])
+def test_inputs_of_other_kinds(x):
+    _, content = sequential((4, 4), layers.Flatten(), DenseMML(5), DenseMML(2, "softmax"))
+    model = runtime.load(content)
+    x = np.asarray(x).reshape(-1, 4, 4) if len(x) == 0 else x
+    expected = model(np.ascontiguousarray(x, dtype="float32").reshape(len(x), 4, 4).copy())
+    for given in (x, x.tolist() if len(x) else x, np.asarray(x, "float32")[:]):
+        np.testing.assert_array_equal(model(given), expected)
+    frozen = np.array(x, "float32").reshape(len(x), 4, 4)
+    frozen.flags.writeable = False
+    np.testing.assert_array_equal(model(frozen), expected)
+    np.testing.assert_array_equal(model.predict(frozen, batch_size=2), expected)
+
+
+def test_inputs_of_another_shape_are_an_error():
+    for part in (layers.Flatten(), layers.ReLU()):
+        model = runtime.load(sequential((4, 4), part, DenseMML(5))[1])
+        for shape in ((4,), (3, 4), (3, 16), (3, 2, 8), (3, 4, 4, 2), ()):
+            with pytest.raises(ValueError, match=r"Input .* should have"):
+                model(np.zeros(shape, "float32"))
+    with pytest.raises(ValueError, match="should be numbers"):
+        model(["a"])
+
+
+def language_model(mixer="gru", positions=False):
+    return sequential(
+        (24,), TokenEmbedding(24, 30, 16, with_positions=positions), TransformerBlockMML(16, 32, 4, mixer=mixer), TransformerBlockMML(16, 32, 2, mixer=mixer, num_key_value_heads=1),
+        RMSNorm(), DenseMML(30), dtype="int32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mixer, positions", [("gru", False), ("gru", True), ("softmax", True)])
+def test_a_language_model_writes_step_by_step(mixer, positions):
+    model, content = language_model(mixer, positions)
+    loaded = runtime.load(content)
+    tokens = RNG.integers(0, 30, (2, 24)).astype("int32")
+    whole = loaded(tokens)
+    assert difference(model.predict(tokens, verbose=0), whole)[1] < 1e-3
+    outputs, cache = loaded(tokens[:, :5], cache=loaded.get_initial_cache(2))
+    sizes = set()
+    for t in range(5, 24):
+        step, cache = loaded(tokens[:, [t]], cache=cache)
+        outputs = np.concatenate([outputs, step], axis=1)
+        sizes.add(sum(np.asarray(part).nbytes for state in cache.values() for part in (state if isinstance(state, tuple) else [state])))
+    np.testing.assert_allclose(outputs, whole, atol=1e-4)
+    assert len(sizes) == (1 if mixer == "gru" else 19)
+    with pytest.raises(ValueError, match="Tokens must be from 0 to 29"):
+        loaded(np.full((1, 24), 30))
+
+
+def test_steps_need_layers_that_allow_them():
+    model = runtime.load(sequential((6, 4), Conv1DMML(4, 2, padding="causal", name="looks_back"), GRUMML(4, return_sequences=True))[1])
+    with pytest.raises(ValueError, match="'looks_back' looks at all steps at once"):
+        model.get_initial_cache()
+
+
+def test_threads_share_a_model():
+    _, content = sequential((30,), DenseMML(40, "relu"), DenseMML(20, "relu"), DenseMML(3))
+    model = runtime.load(content)
+    x = RNG.normal(size=(200, 30)).astype("float32")
+    expected = model(x)
+    with ThreadPoolExecutor(4) as pool:
+        for i, y in enumerate(pool.map(lambda i: model(x[i : i + 1]), list(range(200)) * 5)):
+            np.testing.assert_array_equal(y[0], expected[i % 200])
+
+
+# ── What it refuses ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@keras.saving.register_keras_serializable(package="somebody")
+class Doubling(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, part, message",
+    [
+        ((4,), "float32", Doubling(name="mine"), "Layer 'mine' of class Doubling is not known"),
+        ((4, 4), "float32", layers.LSTM(4, name="memory"), "Layer 'memory' of class LSTM is not known"),
+        ((4,), "int32", TokenEmbedding(4, 9, 4, mask_zero=True, name="words"), "Layer 'words' of class TokenEmbedding: `mask_zero`"),
+        ((4, 4), "float32", GRUMML(4, stateful=False, return_sequences=True, dtype="mixed_float16", name="half"), "Layer 'half' of class GRUMML: .*float32"),
+        ((4,), "float32", layers.Dense(4, activation=layers.PReLU(), name="odd"), "Layer 'odd' of class Dense: The runtime has no activation"),
+        ((4, 4), "float32", layers.BatchNormalization(axis=1, name="first"), "Layer 'first' of class BatchNormalization: .*axis=1"),
+        ((4,), "float32", layers.Lambda(lambda x: x, name="code"), "Layer 'code' of class Lambda is not known"),
+    ],
+    ids=lambda v: v.name if isinstance(v, layers.Layer) else "",
+)
+def test_unknown_layers_are_named(shape, dtype, part, message):
+    _, content = sequential(shape, part, DenseMML(3), dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        runtime.load(content)
+
+
+def test_foreign_files(tmp_path):
+    model, content = sequential((4,), DenseMML(3, name="ternary"))
+    unpacked = sequential((4,), DenseMML(3, name="ternary"), packed=False)[1]
+    model.save_weights(tmp_path / "a.weights.h5")
+    bare = io.BytesIO()
+    with zipfile.ZipFile(bare, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    files = {
+        "unpacked.keras": (unpacked, "'ternary' of class DenseMML: It is not packed. Pack the model first"), "empty.keras": (b"", "It is empty"),
+        "text.keras": (b"hello " * 99, "no Keras file"), "weights.keras": ((tmp_path / "a.weights.h5").read_bytes(), "an HDF5 file"),
+        "archive.keras": (bare.getvalue(), "has no 'config.json'"), "half.keras": (content[: len(content) // 2], "cannot be loaded"),
+    }  # fmt: skip
+    for name, (data, message) in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name}' cannot be loaded. .*{message}" if message != "cannot be loaded" else message):
+            runtime.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        runtime.load(tmp_path / "missing.keras")
+    with pytest.raises(ValueError, match="is a folder"):
+        runtime.load(tmp_path)
+    (tmp_path / "good.keras").write_bytes(content)
+    with open(tmp_path / "good.keras", "rb") as file:
+        assert runtime.load(file)(np.ones((1, 4), "float32")).shape == (1, 3)
+
+
+def rebuilt(parts, **options):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def parts_of(content):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_repacked_archive_loads_and_a_bomb_does_not():
+    _, content = sequential((4,), DenseMML(3))
+    assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name
+    for name in ("config.json", "model.weights.h5"):
+        bomb = rebuilt({**parts_of(content), name: bytes(2**26)}, compression=zipfile.ZIP_DEFLATED)
+        with pytest.raises(ValueError, match=f"'{name}' is not stored as Keras does"):
+            runtime.load(bomb)
+    deep = rebuilt({**parts_of(content), "config.json": "[" * 100_000})
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        runtime.load(deep)
+
+
+def test_no_size_in_a_file_is_believed():
+    config = json.loads(parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])["config.json"])
+    parts = parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])
+    for layer, argument, value in ((1, "padding", [[10**9, 10**9]] * 2), (2, "size", [10**6, 10**6]), (3, "pool_size", [10**5, 10**5]), (3, "strides", [0, 0])):
+        changed = json.loads(json.dumps(config))
+        changed["config"]["layers"][layer]["config"][argument] = value
+        start = time.time()
+        with pytest.raises(ValueError):
+            runtime.load(rebuilt({**parts, "config.json": json.dumps(changed)}))(np.ones((1, 4, 4, 2), "float32"))
+        assert time.time() - start < 2
+
+
+# ── Ten thousand damaged files ──────────────────────────────────────────────────────────────────────────────────────
+
+STRANGE = [None, True, -1, 0, 1, 2, 3, 10**9, 2**63, -(2**70), 0.5, 1e999, float("nan"), "", "relu", "linear", "Dense", "keras_mml>GRUMML", "__keras_tensor__", "../x", [], {}, [[]], [None, 3]]
+
+
+def leaves(tree, found=None):
+    "Every place in a JSON tree: its container and its key."
+    found = [] if found is None else found
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        found.append((tree, key))
+        if isinstance(tree[key], (dict, list)):
+            leaves(tree[key], found)
+    return found
+
+
+def flipped(data, rng, used=None):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at = rng.choice(used) if used is not None else rng.randrange(len(data))
+        data[at] = rng.choice([0, 255, data[at] ^ 1 << rng.randrange(8), rng.randrange(256)])
+    return bytes(data)
+
+
+def damaged(content, parts, used, rng):
+    "A file like this one with something wrong with it, mostly behind checksums that are right again."
+    kind = rng.choice(["bytes", "cut", "config bytes", "config", "config", "weights", "weights", "weights cut"])
+    if kind == "bytes":
+        return flipped(content, rng)
+    if kind == "cut":
+        return content[: rng.randrange(len(content))]
+    if kind == "config bytes":
+        return rebuilt({**parts, "config.json": flipped(parts["config.json"], rng)})
+    if kind == "weights":
+        return rebuilt({**parts, "model.weights.h5": flipped(parts["model.weights.h5"], rng, used)})
+    if kind == "weights cut":
+        return rebuilt({**parts, "model.weights.h5": parts["model.weights.h5"][: rng.randrange(len(parts["model.weights.h5"]))]})
+    config = json.loads(parts["config.json"])
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        places = leaves(config)
+        if not places:
+            break
+        container, key = rng.choice(places)
+        action = rng.randrange(4)
+        if action == 0:
+            del container[key]
+        elif action == 1:
+            container[key] = rng.choice(STRANGE)
+        elif action == 2 and type(container[key]) is int:
+            container[key] += rng.choice([-1, 1, 7])
+        else:
+            other, other_key = rng.choice(places)
+            container[key] = json.loads(json.dumps(other[other_key]))
+    return rebuilt({**parts, "config.json": json.dumps(config)})
+
+
+def test_ten_thousand_damaged_files(seed=0):
+    "Each is a ValueError, while it is loaded or when it is called, or a model whose outputs are arrays."
+    tiny = [
+        (sequential((2, 2), layers.Rescaling(0.5), layers.Flatten(), DenseMML(3, "relu"), layers.Dense(2), DenseMML(2, "softmax"))[1], np.ones((2, 2, 2), "float32")),
+        (sequential((4, 4, 2), Conv2DMML(3, 2, padding="same"), layers.MaxPooling2D(2), layers.BatchNormalization(), layers.Flatten(), DenseMML(2))[1], np.ones((1, 4, 4, 2), "float32")),
+        (sequential((4,), TokenEmbedding(4, 5, 4), TransformerBlockMML(4, 4, 2), RMSNorm(), DenseMML(5), dtype="int32")[1], np.ones((1, 4), "int32")),
+    ]  # fmt: skip
+    a = keras.Input((3,))
+    x = DenseMML(3)(a)
+    tiny.append((saved(keras.Model(a, DenseMML(2)(layers.Concatenate()([x, x * 2.0, layers.Add()([a, x])]))))[1], np.ones((2, 3), "float32")))
+    sources = []
+    for content, x in tiny:
+        parts = parts_of(content)
+        sources.append((content, parts, np.flatnonzero(np.frombuffer(parts["model.weights.h5"], np.uint8)).tolist(), x))
+        assert runtime.load(content)(x).shape
+    rng, outcomes, start = random.Random(seed), {"refused by load": 0, "refused when called": 0, "predicted": 0}, time.time()
+    for number in range(10_000):
+        content, parts, used, x = sources[number % len(sources)]
+        file = damaged(content, parts, used, rng)
+        try:
+            model = runtime.load(file)
+        except ValueError as error:
+            assert "cannot be loaded" in str(error)
+            outcomes["refused by load"] += 1
+            continue
+        try:
+            outputs = model(x)
+            assert all(isinstance(y, np.ndarray) and y.size < 10_000 for y in keras.tree.flatten(outputs)), number
+            outcomes["predicted"] += 1
+        except ValueError:
+            outcomes["refused when called"] += 1
+    print(f"{sum(outcomes.values()):,} damaged files in {time.time() - start:.0f} s: {outcomes}")
+    assert sum(outcomes.values()) == 10_000 and min(outcomes.values()) > 20
+
+
+# ── Without Keras ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+ALONE = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("keras", "torch", "jax", "tensorflow", "h5py", "rich", "absl"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+for name in ("keras", "torch", "jax", "tensorflow", "h5py"):
+    sys.modules[name] = None
+sys.meta_path.insert(0, Missing())
+import numpy as np
+import keras_mml
+from keras_mml import runtime
+assert not {"numba", "llvmlite"} & set(sys.modules), "numba waits until a file is loaded"
+model = runtime.load(sys.argv[1])
+np.save(sys.argv[2], model(np.load(sys.argv[3])))
+for name in ("pack", "layers", "summary"):
+    try:
+        getattr(keras_mml, name)
+        raise SystemExit(f"keras_mml.{name} exists")
+    except ImportError as error:
+        assert f"`keras_mml.{name}` needs Keras" in str(error) and "pip install" in str(error)
+assert not hasattr(keras_mml, "nothing")
+print(sorted(set(sys.modules) & {"keras", "torch", "h5py"} - {n for n in sys.modules if sys.modules[n] is None}))
+"""
+
+
+def test_it_needs_no_keras(tmp_path):
+    model, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
+    x = RNG.normal(size=(5, 6)).astype("float32")
+    (tmp_path / "model.keras").write_bytes(content)
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", ALONE, *(str(tmp_path / name) for name in ("model.keras", "y.npy", "x.npy"))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0))
+
+
+def test_without_numba_numpy_computes_the_same(monkeypatch):
+    _, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
+    x = RNG.normal(size=(5, 6)).astype("float32")
+    expected = runtime.load(content)(x)
+    monkeypatch.setattr(kernels, "vector_kernels", lambda: None)
+    model = runtime.load(content)
+    assert model.fast is None
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
