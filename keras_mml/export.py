@@ -25,7 +25,7 @@ from .conversion import pack
 from .layers import convolution
 from .layers.packed import PackableLayer
 from .packing import unpack_ternary
-from .quantizers import NORM_EPSILON, SCALE_EPSILON
+from .constants import NORM_EPSILON, SCALE_EPSILON
 
 # %% ../nbs/export.ipynb #57470237
 ZEROS = 0b01010101  # four codes of the trit 0
