@@ -61,8 +61,10 @@ sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean
 	@$(BIN)/nbdev_clean $(or_stop)
 	@$(BIN)/python tools/build_site.py --readme $(or_stop)
 
-benchmark-inference: .venv/.ready-benchmark ## measure packed layers against other libraries anew (15 minutes)
+benchmark-inference: .venv/.ready-benchmark ## measure packed layers against other libraries anew (20 minutes)
 	@$(BIN)/python nbs/benchmarks/inference.py $(or_stop)
+	@$(BIN)/python nbs/benchmarks/runtime.py $(or_stop)
+	@$(BIN)/python nbs/benchmarks/ship.py $(or_stop)
 .venv/.ready-benchmark: .venv/.ready-backends
 	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch plot jax tensorflow benchmark
 	@touch $@
