@@ -47,12 +47,18 @@ def run(session, *inputs):
     return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs)})
 
 
-def assert_same(outputs, expected, tolerance=1e-5):
-    "Equal but for rounding, and for the few activations that lie between two integers."
+def assert_same(outputs, expected, tolerance=3e-5):
+    "Equal but for rounding, and for the few activations that lie between two integers: with few rows, one of them may change most outputs."
     expected = array(expected)
     assert outputs.shape == expected.shape and outputs.dtype == "float32"
     difference, largest = np.abs(outputs - expected), np.abs(expected).max(initial=1e-3)
-    assert np.mean(difference <= tolerance * largest, dtype=float) > 0.8 and difference.max() < 0.05 * largest
+    assert difference.max() < 0.05 * largest
+    assert len(outputs) < 9 or np.mean(difference <= tolerance * largest) > 0.8
+
+
+@pytest.fixture(autouse=True)
+def the_same_weights_in_every_run():
+    keras.utils.set_random_seed(0)
 
 
 def nodes(path):
@@ -122,7 +128,7 @@ def test_arguments_of_the_rounding(bits, norm, gain, tmp_path):
     if gain:
         layer.gain.assign(np.linspace(0.5, 2, 200))
     tolerance = 1e-5 if bits == 8 else 1e-4  # beside few levels, the guards weigh more
-    assert_same(run(export(model, tmp_path / "m"), floats(3, 6, 200))[0], pack(model)(floats(3, 6, 200)), tolerance)
+    assert_same(run(export(model, tmp_path / "m"), floats(9, 6, 200))[0], pack(model)(floats(9, 6, 200)), tolerance)
 
 
 @on_torch
@@ -181,12 +187,12 @@ def test_subclassed_models(tmp_path):
     with pytest.raises(ValueError, match="has no weights to export yet"):
         keras_mml.export_onnx(model, tmp_path / "m")
     model(floats(1, 8))
-    assert_same(run(export(model, tmp_path / "m"), floats(5, 8))[0], pack(model)(floats(5, 8)))
+    assert_same(run(export(model, tmp_path / "m"), floats(9, 8))[0], pack(model)(floats(9, 8)))
     inputs = keras.Input((8,), name="x")
     wrapped = keras.Model({"x": inputs}, {"b": model(inputs), "a": DenseMML(2)(inputs)})
     session = export(wrapped, tmp_path / "m")
     assert [spec.name for spec in session.get_outputs()] == ["a", "b"] and session.get_inputs()[0].name == "x"
-    assert_same(run(session, floats(5, 8))[1], pack(model)(floats(5, 8)))
+    assert_same(run(session, floats(9, 8))[1], pack(model)(floats(9, 8)))
 
 
 @on_torch
@@ -195,7 +201,7 @@ def test_several_inputs_and_outputs_and_a_shared_layer(tmp_path):
     shared = DenseMML(30)
     model = keras.Model([left, right], [shared(left) + shared(right), keras.layers.Dense(3)(left), right])
     session, packed = export(model, tmp_path / "model.onnx"), pack(model)
-    x = [floats(4, 20, seed=1), floats(4, 20, seed=2)]
+    x = [floats(9, 20, seed=1), floats(9, 20, seed=2)]
     for got, wanted in zip(run(session, *x), packed(x)):
         assert_same(got, wanted)
     assert [spec.name for spec in session.get_inputs()] == ["left", "right"]
@@ -224,7 +230,7 @@ def test_masks_and_layers_of_keras(tmp_path):
     tokens = TokenEmbedding(max_len=8, vocab_size=11, embedding_dim=8, mask_zero=True)
     normal = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), DenseMML(3, activation="softmax")]
     model = keras.Sequential([keras.Input((4,), dtype="int32"), tokens, GRUMML(6), *normal])
-    x = np.random.default_rng(0).integers(0, 11, (5, 4)).astype("int32")
+    x = np.random.default_rng(0).integers(0, 11, (9, 4)).astype("int32")
     assert_same(run(export(model, tmp_path / "m"), x)[0], pack(model)(x))
 
 
@@ -233,7 +239,7 @@ def test_masks_and_layers_of_keras(tmp_path):
 def test_half_precision_becomes_float32(policy, tmp_path):
     layers = [DenseMML(16, activation="relu", dtype=policy), keras.layers.Dense(8, dtype=policy), DenseMML(3, dtype=policy)]
     model = keras.Sequential([keras.Input((20,)), *layers])
-    assert_same(run(export(model, tmp_path / "m"), floats(5, 20))[0], pack(model)(floats(5, 20)), tolerance=0.03)
+    assert_same(run(export(model, tmp_path / "m"), floats(9, 20))[0], pack(model)(floats(9, 20)), tolerance=0.03)
     assert [layer.compute_dtype for layer in layers] == [keras.DTypePolicy(policy).compute_dtype] * 3
 
 
@@ -290,7 +296,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(BACKEND == "torch", reason="For the other backends.")
 def test_from_this_backend(tmp_path):
     model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
-    assert_same(run(export(model, tmp_path / "m"), floats(5, 20))[0], pack(model)(floats(5, 20)))
+    assert_same(run(export(model, tmp_path / "m"), floats(9, 20))[0], pack(model)(floats(9, 20)))
     odd = keras.Sequential([keras.Input((20,)), DenseMML(30), keras.layers.Lambda(lambda x: 2 * x)])
     (tmp_path / "m").unlink()
     refused(tmp_path, odd, "handed to a process with torch")
@@ -309,7 +315,7 @@ np.save("expected.npy", keras_mml.pack(model).predict(np.load("x.npy"), verbose=
 @on_torch
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_from_jax(tmp_path):
-    x = floats(5, 20)
+    x = floats(9, 20)
     np.save(tmp_path / "x.npy", x)
     paths = os.pathsep.join([str(Path(keras_mml.__file__).parent.parent), *sys.path])
     environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths}
