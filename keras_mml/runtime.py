@@ -43,7 +43,7 @@ def _parts(content):
     except zipfile.BadZipFile as error:
         raise ValueError(f"It is damaged or incomplete: {error}.") from error
 
-# %% ../nbs/runtime.ipynb #c1c71624
+# %% ../nbs/runtime.ipynb #bd145fae
 def _class_of(config):
     "The name under which the table knows a layer."
     module, name, registered = config["module"], config["class_name"], config.get("registered_name")
@@ -68,6 +68,8 @@ def _make(config, arrays, path):
             raise ValueError(f"The runtime computes in float32. Received: dtype={policy!r}")
         make, each_step = LAYERS[kind]
         shape = (config.get("build_config") or {}).get("input_shape")
+        if shape is None and kind.startswith("keras_mml>"):
+            raise ValueError("It was never built. Call the model on a batch before you save it.")
         return make(Specification(config["config"], arrays, path, shape)), each_step
     except Exception as error:  # whatever a file can contain
         reason = f"Its configuration has no {error}." if isinstance(error, KeyError) else str(error)
