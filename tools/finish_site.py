@@ -1,5 +1,5 @@
 """What the site has besides its pages, whoever rendered them: ways to open the notebooks, a search that knows the public names, cards
-for links, a feed, Markdown for machines, and a page for addresses that do not exist."""
+for links, a feed, a list for language models, and a page for addresses that do not exist."""
 
 import ast
 import base64
@@ -22,7 +22,6 @@ import tinycss2
 import yaml
 from fontTools import subset
 from markdown_it import MarkdownIt
-from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from PIL import Image, ImageDraw, ImageFont
 
@@ -141,7 +140,7 @@ def write_search(site, pages):
     (site / "assets" / "search.js").write_text(f"window.searchIndex = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf8")
 
 
-def findable(text, shown=450):
+def findable(text, shown=300):
     "The start of a text, of which results show a piece, and every longer word of the rest once."
     text = " ".join(text.split())
     words = dict.fromkeys(re.findall(r"[A-Za-z]{4,}", text[shown:]))
@@ -227,8 +226,6 @@ def head(page):
     lines = [f'<meta {kind}="{name}" content="{html.escape(value)}">' for kind, name, value in tags]
     lines.append(f'<link rel="canonical" href="{url}{page.path}">')
     lines.append(f'<link rel="alternate" type="application/atom+xml" title="Changelog" href="{page.up}changelog.xml">')
-    if page.path != "404.html":
-        lines.append(f'<link rel="alternate" type="text/markdown" href="{Path(page.path).with_suffix(".md").name}">')
     return "\n".join(lines)
 
 
@@ -320,51 +317,15 @@ def write_card(site, page):
 # ---- for machines
 
 
-def as_markdown(page):
-    """The page as a language model reads it best: prose, examples and what they print, how to call what is public; plots in words.
-    Of the package's own code, only the signatures and docstrings: the rest is in the source."""
-    notebook = nbformat.from_dict(json.loads(json.dumps(page.notebook)))
-    cells = []
-    for cell in notebook.cells[1:]:
-        options = dict(re.findall(r"^#\| *([\w-]+): *(.*)$", cell.source, re.M)) if cell.cell_type == "code" else {}
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if "image/svg+xml" in data or "image/png" in data:
-                output["data"] = {"text/markdown": f"*Plot: {options.get('fig-alt', 'see the page').strip(chr(34))}*"}
-            elif "text/plain" in data:
-                data.pop("text/html", None)
-        if options.get("echo") == "false":
-            cells += [nbformat.v4.new_markdown_cell(o["data"]["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})]
-        elif not cell.source.startswith("<!-- WARNING"):
-            if cell.cell_type == "code":  # of code that the page folds, only what it shows
-                cell.source = "" if "code-fold" in options else re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-            cells.append(cell)
-    notebook.cells = cells
-    notebook.metadata["language_info"] = {"name": "python"}
-    exporter = MarkdownExporter()
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    text, _ = exporter.from_notebook_node(notebook)
-    return re.sub(r"^```python\s*```\n", "", text, flags=re.M)
-
-
-def write_markdown(site, pages, sections, processed):
-    "llms.txt (https://llmstxt.org): what there is, and each page as Markdown beside its HTML."
-    for page in pages.values():
-        if page.notebook is not None:
-            text = as_markdown(page)
-        else:
-            text = (processed / page.path).with_suffix(".md").read_text(encoding="utf8").split("---\n", 2)[2]
-        text = re.sub(r"\]\((?!https?:|#)([\w./-]+)\.(?:ipynb|html)", r"](\1.md", text)
-        text = re.sub(r"\{target=\"_blank\"[^}]*\}|\{#[^}]*\}", "", text)
-        text = f"# {page.title}\n\n> {page.summary}\n\n{text.strip()}\n"
-        (site / page.path).with_suffix(".md").write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf8")
+def write_llms(site, pages, sections):
+    "llms.txt (https://llmstxt.org): what there is, in the order in which to read it."
     config, home = get_config(), pages["index.html"]
     listed = {p for paths in sections.values() for p in paths}
     rest = [p for p in pages if p not in listed]
     lines = [f"# {config.title}", "", f"> {home.summary}", ""]
     for section, paths in {"Start": ["index.html"], **sections, "Optional": [p for p in rest if p != "index.html"]}.items():
         lines += [f"## {section}", ""]
-        lines += [f"- [{pages[p].title}]({address()}{Path(p).with_suffix('.md').as_posix()}): {pages[p].summary}" for p in paths if p in pages]
+        lines += [f"- [{pages[p].title}]({address()}{p}): {pages[p].summary}" for p in paths if p in pages]
         lines.append("")
     (site / "llms.txt").write_text("\n".join(lines), encoding="utf8")
 
@@ -469,6 +430,6 @@ def finish(site, processed, notebooks):
         if first_plot(page) or page.path == "index.html":
             write_card(site, page)
     write_search(site, pages)
-    write_markdown(site, {p: v for p, v in pages.items() if p != "404.html"}, sections, processed)
+    write_llms(site, {p: v for p, v in pages.items() if p != "404.html"}, sections)
     write_feed(site)
     trim(site)
