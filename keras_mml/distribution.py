@@ -7,6 +7,7 @@ __all__ = ['BACK', 'layout_map', 'fit_axes', 'ModelParallel', 'process', 'data_p
            'save', 'SaveEachEpoch']
 
 # %% ../nbs/distribution.ipynb #7a2fcc77
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,14 +128,16 @@ def _prepare(model, name):
         raise ValueError(f"`{name}` takes a built Keras model. Give it a `keras.Input`, or call it on a batch first. Received: {model!r}")
     if "call" in vars(model):
         raise ValueError(f"'{model.name}' is distributed already.")
-    if model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
     for variable in _state(model):
         distributed.broadcast(variable.value.data, 0)
 
 def _state(model):
     "All variables of the model and its optimizer."
-    return [*model.variables, *(model.optimizer.variables if model.optimizer is not None else ())]
+    optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
+    return [*model.variables, *(optimizer.variables if optimizer is not None else ())]
 
 # %% ../nbs/distribution.ipynb #7b96a0ff
 def data_parallel(
@@ -161,7 +164,7 @@ def fully_shard(
     parts = [_shard(layer, layer.trainable_variables, (), options) for layer in ternary]
     taken = {id(variable) for layer in ternary for variable in layer.trainable_variables}
     _shard(model, [variable for variable in model.trainable_variables if id(variable) not in taken], parts, options)
-    if model.optimizer is not None:
+    if getattr(model, "optimizer", None) is not None:
         _shard_moments(model.optimizer, model.trainable_variables)
     return model
 
@@ -182,7 +185,13 @@ def _shard_moments(optimizer, variables):
 
     for moments in [v for v in vars(optimizer).values() if isinstance(v, list) and len(v) == len(variables)]:
         for moment, variable in zip(moments, variables):
-            if isinstance(moment, keras.Variable) and moment is not variable and moment.shape == variable.shape:
+            if isinstance(moment, keras.Variable) and moment is not variable and math.prod(moment.shape) > 1:
+                if moment.shape != variable.shape:
+                    raise ValueError(
+                        f"`fully_shard` cuts an optimizer's moments as it cuts the variables, which must have the same shape. Use another one, "
+                        f"such as Adam, or `data_parallel`. Received: {type(optimizer).__name__} with a moment of shape {tuple(moment.shape)} "
+                        f"for a variable of shape {tuple(variable.shape)}"
+                    )
                 cut = distribute_tensor(moment.value.data, variable.value.device_mesh, variable.value.placements)
                 moment._value = torch.nn.Parameter(cut, requires_grad=False)
 
@@ -222,7 +231,7 @@ def portable(
     config,  # what `get_compile_config` of a model returned
 ):           # the same, for any backend
     "How a model was compiled, without what is meant for one backend only."
-    optimizer = config.get("optimizer")
+    optimizer = config.get("optimizer") if config else None
     if isinstance(optimizer, dict) and optimizer["module"].startswith("keras.src.backend."):
         optimizer = {**optimizer, "module": "keras.optimizers", "registered_name": None}
     return {**config, "optimizer": optimizer, "jit_compile": "auto"} if config else config
@@ -234,12 +243,17 @@ def save(
 ):
     "Save a model that is trained in any of these ways. All processes must call it; the first writes, and none goes on before the file is there."
     path, (number, count) = Path(path), process()
+    if path.suffix != ".keras" or path.is_dir():
+        raise ValueError(f"Expected the path of a file that ends in `.keras`. Received: path='{path}'")
     with gathered(model):
         if number == 0:
             temporary = path.with_name(f"~{path.name}")
-            with _portable_config(model):
-                model.save(temporary)
-            os.replace(temporary, path)
+            try:
+                with _portable_config(model):
+                    model.save(temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     if count > 1:
         _wait()
 

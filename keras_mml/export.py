@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -114,12 +115,12 @@ def _write_padding(w, x, rank, count, value):
     return w.op("Pad", x, w.constant([0] * (2 * rank - 1) + [count], "i8"), value) if count else x
 
 def _write_guards(w, x, rank, dim):
-    "The inputs in blocks, with 127 in every place that is left."
+    "The inputs in blocks, with guards at the end of each, and zeros in the other places that are left."
     size, inputs, blocks = block_layout(dim, True)
-    guard, leading = w.constant(127), [0] * (rank - 1)  # in a new shape, 0 keeps the axis
+    guard, zero, leading = w.constant(127), w.constant(0), [0] * (rank - 1)  # in a new shape, 0 keeps the axis
     if blocks == 1:
-        return _write_padding(w, x, rank, size - dim, guard)
-    x = _write_padding(w, x, rank, blocks * inputs - dim, guard)
+        return _write_padding(w, _write_padding(w, x, rank, size - dim - 1, zero), rank, 1, guard)
+    x = _write_padding(w, x, rank, blocks * inputs - dim, zero)
     x = w.op("Reshape", x, w.constant([*leading, blocks, inputs], "i8"))
     x = _write_padding(w, x, rank + 1, size - inputs, guard)
     return w.op("Reshape", x, w.constant([*leading, blocks * size], "i8"))
@@ -128,10 +129,11 @@ def _write_guards(w, x, rank, dim):
 def _write_product(w, x, packed, scale, dim, units, layer):
     "The product with the packed kernel, and its scale."
     size, inputs, blocks = block_layout(dim, w.exact)
-    if packed not in w.kernels:
-        w.kernels[packed] = _write_kernel(w, packed, scale, dim, units, layer)
+    kernel = packed, scale, dim, units  # layers with equal trits share the bytes, not the rest
+    if kernel not in w.kernels:
+        w.kernels[kernel] = _write_kernel(w, *kernel, layer)
     return w.op(
-        "MatMulNBits", x, *w.kernels[packed], domain="com.microsoft", bits=2, N=units, K=blocks * size if w.exact else dim,
+        "MatMulNBits", x, *w.kernels[kernel], domain="com.microsoft", bits=2, N=units, K=blocks * size if w.exact else dim,
         block_size=size, accuracy_level=4,
     )  # fmt: skip
 
@@ -152,15 +154,16 @@ def _write_kernel(w, packed, scale, dim, units, layer):
 # %% ../nbs/export.ipynb #4f97da22
 def _write_unpack(w, packed, *, dim, units, layer):
     "The trits as floats, a kernel of shape `(dim, units)`, unpacked when the file is loaded."
-    if packed not in w.kernels:
+    kernel = packed, dim, units
+    if kernel not in w.kernels:
         trits = unpack_ternary(packed.const_value.numpy(), (dim, units)).reshape(-1)
         x = w.store(two_bits(trits)[:, None], f"{layer}.weights")
         x = w.op("BitwiseAnd", w.op("BitShift", x, w.constant([0, 2, 4, 6], "u1"), direction="RIGHT"), w.constant(3, "u1"))
         x = w.op("Sub", w.op("Cast", x, to=w.ir.DataType.FLOAT), w.constant(1))
         x = w.op("Reshape", x, w.constant([-1], "i8"))
         x = w.op("Slice", x, w.constant([0], "i8"), w.constant([dim * units], "i8"))
-        w.kernels[packed] = w.op("Reshape", x, w.constant([dim, units], "i8"))
-    return w.kernels[packed]
+        w.kernels[kernel] = w.op("Reshape", x, w.constant([dim, units], "i8"))
+    return w.kernels[kernel]
 
 # %% ../nbs/export.ipynb #f3512d1d
 def _replace_marks(graph, exact):
@@ -229,6 +232,13 @@ def _recording(capture):
     from torch.fx.traceback import annotate, preserve_node_meta
     from unittest.mock import patch
     call_layer, compute_dtype = keras.layers.Layer.__call__, keras.DTypePolicy.compute_dtype.fget
+    thread = threading.get_ident()
+
+    def here(new, old):  # other threads go on as if nothing were changed
+        return lambda *args, **kwargs: (new if threading.get_ident() == thread else old)(*args, **kwargs)
+
+    def replaced(owner, name, new):
+        return patch.object(owner, name, here(new, getattr(owner, name)))
 
     def call(layer, *args, **kwargs):
         capture.sizes.check()
@@ -242,11 +252,11 @@ def _recording(capture):
     def take_along_dim(x, indices, dim):  # that of torch assumes the size of the batch
         return torch.gather(x, dim, indices.expand([-1 if axis == dim % x.ndim else size for axis, size in enumerate(x.shape)]))
 
-    in_float32 = property(lambda policy: _HALF.get(compute_dtype(policy), compute_dtype(policy)))
+    in_float32 = property(here(lambda policy: _HALF.get(compute_dtype(policy), compute_dtype(policy)), compute_dtype))
     with (
-        patch.object(keras.layers.Layer, "__call__", call), patch.object(keras.DTypePolicy, "compute_dtype", in_float32),
-        patch.object(operators, "_torch_on_device", capture.linear), patch.object(convolution, "unpack_on_device", capture.unpack),
-        patch.object(torch, "take_along_dim", take_along_dim), preserve_node_meta(), torch.no_grad(),
+        replaced(keras.layers.Layer, "__call__", call), patch.object(keras.DTypePolicy, "compute_dtype", in_float32),
+        replaced(operators, "_torch_on_device", capture.linear), replaced(convolution, "unpack_on_device", capture.unpack),
+        replaced(torch, "take_along_dim", take_along_dim), preserve_node_meta(), torch.no_grad(),
     ):  # fmt: skip
         yield
 
@@ -371,12 +381,16 @@ def _tidy(onnx_model, name, inputs, outputs):
     ):  # fmt: skip
         finish(onnx_model)
     onnx_model.producer_name, onnx_model.producer_version, graph.name = "keras_mml", None, name
+    outputs = [f"{name}_output" if name in inputs else name for name in outputs]
+    mark = "_"
+    while any(name.startswith(mark) for name in (*inputs, *outputs)):
+        mark += "_"
     values = [value for node in graph for value in node.outputs if not value.is_graph_output()]
     for number, value in enumerate(values):
-        value.name, value.shape, value.type = f"_{number}", None, None  # a runtime infers them
+        value.name, value.shape, value.type = f"{mark}{number}", None, None  # a runtime infers them
     for number, value in enumerate(list(graph.initializers.values())):
         if not value.name.endswith(".weights"):
-            value.name = f"_w{number}"
+            value.name = f"{mark}w{number}"
         value.shape = value.type = None
         value.metadata_props.clear()
         value.const_value.metadata_props.clear()
@@ -406,6 +420,8 @@ def _check_exportable(model, path):
             raise ValueError(
                 f"Layer '{layer.name}' cannot be exported: it keeps a state between calls (`stateful=True`), which an ONNX file cannot."
             )
+    if path.is_dir():
+        raise ValueError(f"Expected the path of a file to write. Received a folder: path='{path}'")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder '{path.parent}' does not exist. Received: path='{path}'")
 

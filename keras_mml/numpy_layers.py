@@ -497,12 +497,15 @@ layer("keras_mml>DepthwiseConv2DMML")(functools.partial(ternary_convolution, axe
 # %% ../nbs/numpy_layers.ipynb #69429dc0
 def pooling(spec, axes, mean=False):
     "Pooling by the largest or by the mean of a window."
-    look, *_ = geometry(spec, axes, sizes="pool_size")
+    look, sizes, padding = geometry(spec, axes, sizes="pool_size")
+    where = sizes, spec.sizes("strides", axes), (1,) * axes
 
     def call(x):
         x = as_float(x)
         if not mean:
             return functools.reduce(np.maximum, look(x, -np.inf))
+        if padding == "same" and any(before != after for before, after in same(x, *where)):
+            raise ValueError(f"The backends of Keras disagree on means of windows {sizes} over inputs of shape {x.shape} with padding='same'.")
         ones = np.ones((1, *x.shape[1:-1], 1), np.float32)  # what is padding does not count
         return functools.reduce(np.add, look(x)) / functools.reduce(np.add, look(ones))
 

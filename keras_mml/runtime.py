@@ -155,7 +155,7 @@ def _ordered(calls, inputs):
 def _calls_of(config, function, each_step):
     "The calls of a layer in a functional model."
     for number, node in enumerate(config["inbound_nodes"]):
-        unknown = {name for name, value in node["kwargs"].items() if name != "training" and value is not None}
+        unknown = {name for name, value in node["kwargs"].items() if name != "training" and value not in (None, [None] * len(value or ()))}
         if unknown or len(node["args"]) > (2 if _class_of(config).startswith("ops>") else 1):
             raise ValueError(f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}")
         yield Call(Reference(config["config"]["name"], number), function, [_tree(a) for a in node["args"]], config, each_step)
@@ -283,6 +283,8 @@ def _matched(tree, given, known, values):
     if isinstance(tree, Reference):
         values[tree[:2]] = _as_input(tree.layer, given, known[tree[:2]])
         return
+    if isinstance(tree, list) and len(tree) == 1 and not isinstance(given, (list, tuple)):
+        given = [given]
     keys = tree.keys() if isinstance(tree, dict) else range(len(tree))
     if not isinstance(given, type(tree) if isinstance(tree, dict) else (list, tuple)) or len(given) != len(tree) or (isinstance(tree, dict) and keys - given.keys()):
         raise ValueError(f"The model takes a {type(tree).__name__} of {len(tree)} inputs: {_references(tree)}. Received: {type(given).__name__}")
@@ -352,7 +354,7 @@ class Model:
                 else:
                     result = call.function(*inputs)
             except Exception as error:  # whatever NumPy says
-                shapes = [getattr(x, "shape", x) for x in inputs]
+                shapes = [[np.shape(x) for x in value] if isinstance(value, list) else np.shape(value) for value in inputs]
                 raise ValueError(f"Layer '{call.reference.layer}' cannot take inputs of shape {shapes}: {error}") from error
             values[call.reference[:2]] = result
         try:
@@ -381,9 +383,15 @@ class Model:
         return {c.reference[:2]: c.function.get_initial_cache(batch_size) if isinstance(c.function, Model) else c.function.begin(batch_size) for c in stateful}
 
     def predict(self, x, batch_size=None):
-        "The outputs, computed for all samples at once, or for `batch_size` at a time to save memory; then only for one input and one output."
+        """The outputs, computed for all samples at once, or for `batch_size` at a time to save memory; then only for one input and one output.
+
+        Raises `ValueError` for several of them, and for a `batch_size` that is no positive integer.
+        """
         if batch_size is None:
             return self(x)
+        several = [len(_references(tree)) > 1 or isinstance(tree, dict) for tree in (self.graph.inputs, self.graph.outputs)]
+        if any(several) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is a positive integer, for models of one input and one output. Received: batch_size={batch_size!r}")
         return np.concatenate([self(x[start : start + batch_size]) for start in range(0, max(len(x), 1), batch_size)])
 
     def __repr__(self):
@@ -406,7 +414,10 @@ def _content(file):
     if isinstance(file, (bytes, bytearray, memoryview)):
         return "The file", bytes(file)
     if hasattr(file, "read"):
-        return f"'{getattr(file, 'name', 'The file')}'", file.read()
+        content = file.read()
+        if not isinstance(content, bytes):
+            raise ValueError("A file object must be opened for reading bytes, as `open(path, 'rb')` does.")
+        return f"'{getattr(file, 'name', 'The file')}'", content
     name = os.fspath(file)
     if os.path.isdir(name):
         raise ValueError(f"'{name}' is a folder. Expected the path of a .keras file.")

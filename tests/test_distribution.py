@@ -161,3 +161,16 @@ def test_what_is_refused():
         distribution.ModelParallel(distribution.layout_map(mesh))
     with pytest.raises(ValueError, match="no axis 'columns'"):
         distribution.layout_map(mesh, "columns")
+
+
+def test_a_model_that_was_not_compiled_is_saved(tmp_path):
+    import keras
+
+    from keras_mml import distribution
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    distribution.save(model, tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").count_params() == model.count_params()
+    with pytest.raises(ValueError, match="ends in `.keras`"):
+        distribution.save(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.keras"]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -268,6 +269,67 @@ def test_what_cannot_be_expressed_names_its_layer_and_writes_nothing(function, m
 
 
 @on_torch
+@pytest.mark.parametrize("exact", [True, False])
+def test_layers_with_equal_trits_keep_their_own_scales_and_shapes(exact, tmp_path):
+    x = floats(20, 8)
+    inputs = keras.Input((8,))
+    first, second, narrow, short = DenseMML(4), DenseMML(4), DenseMML(3), DenseMML(4)
+    outputs = [first(inputs), second(inputs), narrow(inputs), short(inputs[:, :7])]
+    kernel = np.sign(floats(8, 4, seed=1))
+    kernel[7] = kernel[:, 3] = 0  # so that the packed bytes of all four are equal
+    for factor, layer in enumerate((first, second, narrow, short), start=1):
+        layer.kernel.assign(factor * kernel[: layer.kernel.shape[0], : layer.units])
+    model = keras.Model(inputs, outputs)
+    for output, expected in zip(run(export(model, tmp_path / "model.onnx", exact=exact), x), pack(model)(x)):
+        assert_same(output, expected, tolerance=3e-5 if exact else 0.02)
+
+
+@on_torch
+def test_few_bits_lose_nothing(tmp_path):
+    "Whole numbers in, sums of them out."
+    for dim in (5, 20, 65, 200, 784):
+        layer = DenseMML(8, activation_bits=2, norm=None, use_bias=False)
+        model = keras.Sequential([keras.Input((dim,)), layer])
+        x = np.random.default_rng(0).integers(-1, 2, (50, dim)).astype("float32")
+        sums = run(export(model, tmp_path / "model.onnx"), x)[0] / np.abs(array(layer.kernel)).mean()
+        assert np.abs(sums - np.round(sums)).max() < 2e-3
+
+
+@on_torch
+def test_inputs_and_outputs_of_any_name(tmp_path):
+    x, y = floats(5, 4), floats(5, 4, seed=1)
+    first, second = keras.Input((4,), name="_0"), keras.Input((4,), name="_w0")
+    model = keras.Model([first, second], [DenseMML(3)(first), DenseMML(2)(second)])
+    for output, expected in zip(run(export(model, tmp_path / "a.onnx"), x, y), pack(model)([x, y])):
+        assert_same(output, expected)
+    inputs = keras.Input((4,), name="x")
+    session = export(keras.Model({"x": inputs}, {"x": DenseMML(3)(inputs)}), tmp_path / "b.onnx")
+    assert ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]) == (["x"], ["x_output"])
+
+
+@on_torch
+def test_other_threads_notice_nothing(tmp_path):
+    model, x = pack(keras.Sequential([keras.Input((16,)), DenseMML(8), DenseMML(4)])), floats(3, 16)
+    expected, wrong, done = array(model(x)), [], threading.Event()
+
+    def predict():
+        while not done.is_set():
+            try:
+                wrong.extend([] if np.array_equal(array(model(x)), expected) else ["other numbers"])
+            except Exception as error:
+                wrong.append(repr(error))
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    try:
+        keras_mml.export_onnx(model, tmp_path / "model.onnx")
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong, (len(wrong), wrong[:3])
+
+
+@on_torch
 def test_errors(tmp_path):
     refused(tmp_path, DenseMML(3), "takes a Keras model. Received: <DenseMML")
     refused(tmp_path, "model", "takes a Keras model. Received: 'model' of type str")
@@ -280,7 +342,7 @@ def test_errors(tmp_path):
         keras_mml.export_onnx(model, tmp_path / "no" / "model.onnx")
     (tmp_path / "refused.onnx").unlink()
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ValueError, match="Received a folder"):
         keras_mml.export_onnx(model, tmp_path / "folder.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["folder.onnx"]
 

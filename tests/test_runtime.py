@@ -151,6 +151,39 @@ def test_inputs_of_another_shape_are_an_error():
         model(["a"])
 
 
+def test_a_list_of_one_input_takes_an_array():
+    inputs = keras.Input((6,))
+    model, content = saved(keras.Model([inputs], [DenseMML(3)(inputs)]))
+    x = RNG.normal(size=(4, 6)).astype("float32")
+    assert np.array_equal(np.squeeze(runtime.load(content)(x)), np.squeeze(runtime.load(content)([x])))
+
+
+def test_a_model_inside_with_several_inputs():
+    first, second = keras.Input((4,)), keras.Input((4,))
+    inside = keras.Model([first, second], layers.Add()([first, DenseMML(4)(second)]))
+    a, b = keras.Input((4,)), keras.Input((4,))
+    model, content = saved(keras.Model([a, b], DenseMML(2)(inside([a, b]))))
+    x = [RNG.normal(size=(5, 4)).astype("float32") for _ in range(2)]
+    assert np.abs(runtime.load(content)(x) - ops.convert_to_numpy(model(x))).max() < 1e-5
+
+
+def test_batches_are_for_one_input_and_one_output():
+    inputs = keras.Input((6,))
+    _, content = saved(keras.Model(inputs, [DenseMML(3)(inputs), DenseMML(2)(inputs)]))
+    with pytest.raises(ValueError, match="one input and one output. Received: batch_size=2"):
+        runtime.load(content).predict(np.zeros((4, 6), "float32"), batch_size=2)
+    _, content = sequential((6,), DenseMML(3))
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="positive integer"):
+            runtime.load(content).predict(np.zeros((4, 6), "float32"), batch_size=size)
+
+
+def test_means_that_depend_on_the_backend_are_refused():
+    _, content = sequential((4, 1), layers.AveragePooling1D(3, 2, padding="same"), DenseMML(2))
+    with pytest.raises(ValueError, match="backends of Keras disagree"):
+        runtime.load(content)(np.zeros((1, 4, 1), "float32"))
+
+
 def language_model(mixer="gru", positions=False):
     return sequential(
         (24,), TokenEmbedding(24, 30, 16, with_positions=positions), TransformerBlockMML(16, 32, 4, mixer=mixer), TransformerBlockMML(16, 32, 2, mixer=mixer, num_key_value_heads=1),
