@@ -9,3 +9,5 @@ from hypothesis import settings
 
 settings.register_profile("keras_mml", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("keras_mml")
+
+collect_ignore = ["distributed.py"]  # a script that test_distribution.py starts

@@ -30,7 +30,7 @@
   });
 
   // What scrolls in its own box can be reached, and scrolled, with the keyboard.
-  const reachable = () => document.querySelectorAll("main :is(pre, table, .math.display, figure, figure > p, .cell-output-stdout pre)").forEach(box => {
+  const reachable = () => document.querySelectorAll("main :is(pre, table, .math.display, figure, p, .cell-output-display)").forEach(box => {
     const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX !== "visible";
     if (scrolls) box.tabIndex = 0; else if (box.tabIndex === 0) box.removeAttribute("tabindex");
   });
