@@ -7,7 +7,6 @@ in Python takes turns on one thread; the page times its own calls, many in a row
 """
 
 import base64
-import json
 import os
 import shutil
 import sys
