@@ -5,9 +5,21 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
+import pytest
 from hypothesis import settings
 
 settings.register_profile("keras_mml", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("keras_mml")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_of_torch():
+    "Tests run side by side, and threads of torch that share cores with another test wait for each other most of the time."
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+
 
 collect_ignore = ["distributed.py"]  # a script that test_distribution.py starts
