@@ -155,7 +155,7 @@ def _ordered(calls, inputs):
 def _calls_of(config, function, each_step):
     "The calls of a layer in a functional model."
     for number, node in enumerate(config["inbound_nodes"]):
-        unknown = {name for name, value in node["kwargs"].items() if name != "training" and value not in (None, [None] * len(value or ()))}
+        unknown = {name for name, value in node["kwargs"].items() if name != "training" and any(v is not None for v in (value if isinstance(value, list) else [value]))}
         if unknown or len(node["args"]) > (2 if _class_of(config).startswith("ops>") else 1):
             raise ValueError(f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}")
         yield Call(Reference(config["config"]["name"], number), function, [_tree(a) for a in node["args"]], config, each_step)

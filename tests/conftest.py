@@ -15,7 +15,7 @@ settings.load_profile("keras_mml")
 
 @pytest.fixture(autouse=True)
 def one_thread_of_torch():
-    "Tests run side by side, and threads of torch that share cores with another test wait for each other most of the time."
+    "Tests run side by side, and threads of torch that share cores with another test wait for each other most of the time. Each time, as numba's threads set it."
     if keras.backend.backend() == "torch":
         import torch
 

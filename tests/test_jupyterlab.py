@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,22 +20,14 @@ pytestmark = [
 MINUTES = 15  # far more than it takes
 
 
-def without_outputs(path):
-    "Clear what was saved: what is on the page was computed there."
-    notebook = nbformat.read(path, nbformat.NO_CONVERT)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, path)
-
-
 @pytest.fixture
 def lab(tmp_path):
     "The address of a JupyterLab on a copy of the notebooks, and its token."
     pytest.importorskip("jupyterlab")
     nbs = tmp_path / "nbs"
     shutil.copytree(ROOT / "nbs", nbs, ignore=shutil.ignore_patterns(".*", "_quarto.yml"))
-    without_outputs(nbs / "tutorials" / "mnist.ipynb")
+    tutorial = nbs / "tutorials" / "mnist.ipynb"  # without outputs: what is on the page was computed there
+    subprocess.run([sys.executable, "-m", "nbconvert", "--clear-output", "--inplace", tutorial], check=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"

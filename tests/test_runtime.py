@@ -291,6 +291,17 @@ def parts_of(content):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.parametrize("mask", ["true", "5", '["x"]'])
+def test_arguments_beside_the_inputs_are_named(mask):
+    inputs = keras.Input((4,))
+    parts = parts_of(saved(keras.Model(inputs, DenseMML(3)(layers.BatchNormalization()(inputs, mask=None))))[1])
+    assert runtime.load(rebuilt(parts))(np.zeros((2, 4), "float32")).shape == (2, 3)
+    config = parts["config.json"].decode()
+    assert config.count('"mask": null') == 1
+    with pytest.raises(ValueError, match="'batch_normalization.*more than its inputs: \\['mask'\\]"):
+        runtime.load(rebuilt({**parts, "config.json": config.replace('"mask": null', f'"mask": {mask}')}))
+
+
 def test_a_repacked_archive_loads_and_a_bomb_does_not():
     _, content = sequential((4,), DenseMML(3))
     assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name
