@@ -67,10 +67,11 @@ def _make(config, arrays, path):
         if policy != "float32":
             raise ValueError(f"The runtime computes in float32. Received: dtype={policy!r}")
         make, each_step = LAYERS[kind]
-        shape = (config.get("build_config") or {}).get("input_shape")
-        if shape is None and kind.startswith("keras_mml>"):
-            raise ValueError("It was never built. Call the model on a batch before you save it.")
-        return make(Specification(config["config"], arrays, path, shape)), each_step
+        built = config.get("build_config") or {}
+        if kind.startswith("keras_mml>") and built.get("input_shape") is None:
+            inputs = ", ".join(name.removesuffix("_shape") for name in built.get("shapes_dict", ()))
+            raise ValueError(f"It takes more than one input: {inputs}" if inputs else "It was never built. Call the model on a batch before you save it.")
+        return make(Specification(config["config"], arrays, path, built.get("input_shape"))), each_step
     except Exception as error:  # whatever a file can contain
         reason = f"Its configuration has no {error}." if isinstance(error, KeyError) else str(error)
         raise ValueError(f"Layer '{name}' of class {config['class_name']}: {reason}") from error

@@ -47,7 +47,7 @@ def lab(tmp_path):
         yield f"http://127.0.0.1:{found[1]}/lab/tree", token
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(120)
 
 
 def run_all_cells(page):

@@ -302,6 +302,13 @@ def test_arguments_beside_the_inputs_are_named(mask):
         runtime.load(rebuilt({**parts, "config.json": config.replace('"mask": null', f'"mask": {mask}')}))
 
 
+def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
+    sequences, state = keras.Input((5, 4)), keras.Input((6,))
+    _, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
+    with pytest.raises(ValueError, match="GRUMML: It takes more than one input: sequences, initial_state"):
+        runtime.load(content)
+
+
 def test_a_repacked_archive_loads_and_a_bomb_does_not():
     _, content = sequential((4,), DenseMML(3))
     assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name

@@ -83,6 +83,7 @@ def browser():
 @pytest.fixture(scope="module")
 def context(browser):
     context = browser.new_context(reduced_motion="reduce")
+    context.set_default_timeout(120_000)  # other tests run beside these
     yield context
     context.close()
 
@@ -93,7 +94,8 @@ def visit(context, address):
     page, problems = context.new_page(), []
     page.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    # what was still loading when the page was left is aborted: no failure
+    page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or problems.append(f"failed: {request.url}: {request.failure}"))
     page.on("request", lambda request: request.url.startswith((address, "data:", "blob:", "file:")) or problems.append(f"external: {request.url}"))
     page.problems = problems
 
