@@ -70,7 +70,7 @@ def _make(config, arrays, path):
         built = config.get("build_config") or {}
         if kind.startswith("keras_mml>") and built.get("input_shape") is None:
             inputs = ", ".join(name.removesuffix("_shape") for name in built.get("shapes_dict", ()))
-            raise ValueError(f"It takes more than one input: {inputs}" if inputs else "It was never built. Call the model on a batch before you save it.")
+            raise ValueError(f"The runtime knows it with one input. Received: {inputs}" if inputs else "It was never built. Call the model on a batch before you save it.")
         return make(Specification(config["config"], arrays, path, built.get("input_shape"))), each_step
     except Exception as error:  # whatever a file can contain
         reason = f"Its configuration has no {error}." if isinstance(error, KeyError) else str(error)

@@ -26,11 +26,6 @@ from keras_mml.quantizers import StraightThroughQuantizer
 matplotlib.use("Agg")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    keras.utils.set_random_seed(0)
-
-
 def chain(*parts, shape, **kwargs):
     return keras.Sequential([keras.Input(shape, **kwargs), *parts])
 

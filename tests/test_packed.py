@@ -23,7 +23,6 @@ from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKEND = keras.backend.backend()
-rng = np.random.default_rng(0)
 
 
 def array(tensor):
@@ -61,10 +60,10 @@ class ConformanceTest(testing.TestCase):
 def test_a_packed_layer_gives_the_outputs_of_the_training_graph(scale, norm, bits):
     arguments = dict(norm=norm and "rms", norm_gain=norm == "rms with gain", scale=scale, activation_bits=bits)
     layer = DenseMML(70, activation="gelu", bias_initializer="random_normal", **arguments)
-    x = rng.normal(size=(9, 5, 100)).astype("float32")
+    x = np.random.normal(size=(9, 5, 100)).astype("float32")
     layer(x)
     if layer.norm_gain:
-        layer.gain.assign(rng.uniform(0.5, 2, 100))
+        layer.gain.assign(np.random.uniform(0.5, 2, 100))
     before = [array(w) for w in layer.weights]
     packed = layer.pack()
     _, gamma = layer.kernel_quantizer.quantize(layer.kernel)
@@ -75,14 +74,14 @@ def test_a_packed_layer_gives_the_outputs_of_the_training_graph(scale, norm, bit
 
 def test_the_integers_are_those_of_numpy_on_every_path():
     layer = DenseMML(33, scale="channel")
-    x = rng.normal(size=(6, 50)).astype("float32")
+    x = np.random.normal(size=(6, 50)).astype("float32")
     layer(x)
     packed = layer.pack()
     trits, gamma = (array(t) for t in layer.kernel_quantizer.quantize(layer.kernel))
     np.testing.assert_array_equal(unpack_ternary(ops.convert_to_numpy(packed.packed_kernel), (50, 33)), trits)
     expected = ternary_linear(x, pack_ternary(trits), 33, gamma.ravel(), array(layer.bias))
     np.testing.assert_array_equal(array(packed(x)), expected)
-    whole = rng.integers(-127, 128, (6, 50)).astype("float32")
+    whole = np.random.randint(-127, 128, (6, 50)).astype("float32")
     whole[:, 0] = 127
     arguments = (ops.convert_to_tensor(whole), packed.packed_kernel.value, ops.ones(33), None, None, 33, False, 8)
     for path in (packed_linear, linear_on_device):
@@ -146,7 +145,7 @@ def functional():
 
 
 MODELS = [sequential, functional, Subclassed, SavedSubclassed]
-INPUTS = rng.normal(size=(7, 4, 6)).astype("float32")
+INPUTS = np.random.default_rng(0).normal(size=(7, 4, 6)).astype("float32")
 
 
 def trits_of(model):
@@ -161,7 +160,7 @@ def test_models_of_every_kind_are_packed_and_left_alone(build):
     model(INPUTS)
     for layer in model._flatten_layers():  # without a bias, a second layer would often see halves, which round either way
         if isinstance(layer, DenseMML) and layer.bias is not None:
-            layer.bias.assign(rng.normal(size=layer.units))
+            layer.bias.assign(np.random.normal(size=layer.units))
     before = array(model(INPUTS))
     weights = model.get_weights()
     packed = pack(model)
@@ -476,7 +475,7 @@ def test_predict_compiled_and_not():
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16", "float64"])
 def test_every_dtype_policy(dtype):
     layer = DenseMML(16, dtype=dtype, bias_initializer="random_normal")
-    x = rng.normal(size=(4, 64)).astype("float32")
+    x = np.random.normal(size=(4, 64)).astype("float32")
     y = layer(x)
     packed = layer.pack()
     z = packed(x)
@@ -486,7 +485,7 @@ def test_every_dtype_policy(dtype):
 
 def test_empty_batches_masks_and_other_input_dtypes():
     layer = DenseMML(3)
-    pixels = rng.integers(0, 256, (5, 9))
+    pixels = np.random.randint(0, 256, (5, 9))
     layer(pixels.astype("float32"))
     packed = layer.pack()
     assert tuple(packed(np.ones((0, 9), "float32")).shape) == (0, 3)

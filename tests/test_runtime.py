@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,15 +26,14 @@ from keras_mml.layers import (
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
-RNG = np.random.default_rng(0)
+PIXELS = np.random.default_rng(0).normal(size=(3, 4, 4))
 
 
 def saved(model, packed=True):
     "The model, packed, and the bytes of its file."
-    keras.utils.set_random_seed(1)
     for weight in model.weights:  # also those that start as zeros and ones
         if "seed" not in weight.name and "count" not in weight.name:
-            noise = RNG.normal(size=weight.shape).astype("float32")
+            noise = np.random.normal(size=weight.shape).astype("float32")
             weight.assign(np.abs(noise) + 0.1 if "variance" in weight.name else ops.convert_to_numpy(weight) + 0.1 * noise)
     model = keras_mml.pack(model) if packed else model
     with tempfile.TemporaryDirectory() as folder:
@@ -45,12 +45,17 @@ def sequential(shape, *parts, dtype="float32", packed=True):
     return saved(keras.Sequential([keras.Input(shape, dtype=dtype), *parts]), packed)
 
 
-def difference(a, b):
-    "Shares of outputs that differ by more than rounding, and the largest difference, both relative to the largest output."
-    a, b = (np.concatenate([np.ravel(ops.convert_to_numpy(v)) for v in keras.tree.flatten(tree)]) for tree in (a, b))
+def differences(expected, received):
+    "The largest difference of each sample, relative to the largest output."
+    a, b = (np.concatenate([np.reshape(ops.convert_to_numpy(v), (len(v), -1)) for v in keras.tree.flatten(tree)], axis=1) for tree in (expected, received))
     assert a.shape == b.shape
-    gap = np.abs(a - b) / max(np.abs(a).max(), 1e-3)
-    return (gap > 1e-4).mean(), gap.max()
+    return np.abs(a - b).max(axis=1) / max(np.abs(a).max(), 1e-3)
+
+
+def assert_rounded_alike(expected, received):
+    "Samples are the same up to the rounding of floats. In a few, an activation between two integers was rounded to the other one."
+    gaps = differences(expected, received)
+    assert len(gaps) >= 50 and (gaps > 1e-5).mean() <= 0.1 and gaps.max() < 0.05, np.sort(gaps)[-8:]
 
 
 MODELS = {
@@ -80,10 +85,8 @@ MODELS = {
 def test_it_predicts_what_keras_predicts(name):
     shape, parts = MODELS[name]
     model, content = sequential(shape, *parts)
-    x = RNG.normal(size=(5, *shape)).astype("float32")
-    share, largest = difference(model.predict(x, verbose=0), runtime.load(content)(x))
-    print(f"{name}: largest relative difference {largest:.1e}")
-    assert share <= 0.02 and largest < 0.02  # a number between two integers may be rounded to the other one, where floats came before
+    x = np.random.normal(size=(50, *shape)).astype("float32")
+    assert_rounded_alike(model.predict(x, verbose=0), runtime.load(content)(x))
 
 
 def test_a_graph_with_several_inputs_and_outputs():
@@ -93,11 +96,11 @@ def test_a_graph_with_several_inputs_and_outputs():
     z = layers.Concatenate()([layers.Add()([x, y]), layers.Multiply()([x, y]), x - y * 2.0, layers.Maximum()([x, y]), layers.Average()([x, y])])
     inner = keras.Sequential([DenseMML(7), layers.Dense(5)])
     model, content = saved(keras.Model({"first": a, "second": b}, {"one": inner(z), "two": [DenseMML(3)(inner(z)), x]}))
-    given = {name: RNG.normal(size=(4, 6)).astype("float32") for name in ("first", "second")}
+    given = {name: np.random.normal(size=(50, 6)).astype("float32") for name in ("first", "second")}
     loaded = runtime.load(content)
     expected, received = model.predict(given, verbose=0), loaded(given)
     assert received.keys() == {"one", "two"} and len(received["two"]) == 2
-    assert difference(expected, received)[1] < 1e-4
+    assert_rounded_alike(expected, received)
     with pytest.raises(ValueError, match="takes a dict of 2 inputs"):
         loaded(given["first"])
 
@@ -107,7 +110,7 @@ def test_integers_are_equal_bit_by_bit():
     model, content = sequential((28, 28), layers.Flatten(), *[DenseMML(96, "relu", norm_gain=bool(i % 2)) for i in range(3)], DenseMML(10))
     loaded = runtime.load(content)
     assert [type(call.function).__name__ for call in loaded.calls] == ["Chain"] and loaded.fast
-    x = RNG.normal(size=(1200, 28, 28)).astype("float32")
+    x = np.random.normal(size=(1200, 28, 28)).astype("float32")
     x[3], x[5, 2, 2], x[7, 0, 0] = 0, np.nan, np.inf
     for rows in (1, 2, 6, 100, 1200):
         np.testing.assert_array_equal(model.predict(x[:rows], batch_size=1200, verbose=0), loaded(x[:rows]))
@@ -116,7 +119,7 @@ def test_integers_are_equal_bit_by_bit():
 
 def test_a_convolution_rounds_as_keras_does():
     layer = Conv2DMML(4, 3)
-    x = RNG.normal(size=(64, 14, 14, 8)).astype("float32")
+    x = np.random.normal(size=(64, 14, 14, 8)).astype("float32")
     model, content = sequential((14, 14, 8), layer)
     from keras_mml.layers.normalization import rms_normalize
     rows = x.reshape(64, -1)
@@ -126,7 +129,7 @@ def test_a_convolution_rounds_as_keras_does():
     np.testing.assert_allclose(scale, our_scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("x", [RNG.integers(0, 255, (3, 4, 4)).astype("uint8"), RNG.normal(size=(3, 4, 4, 1)), RNG.normal(size=(4, 4, 3)).T, []], ids=["uint8", "rank", "order", "empty"])
+@pytest.mark.parametrize("x", [(99 + PIXELS * 9).astype("uint8"), PIXELS[..., None], PIXELS.T.copy().T, []], ids=["uint8", "rank", "order", "empty"])
 def test_inputs_of_other_kinds(x):
     _, content = sequential((4, 4), layers.Flatten(), DenseMML(5), DenseMML(2, "softmax"))
     model = runtime.load(content)
@@ -153,7 +156,7 @@ def test_inputs_of_another_shape_are_an_error():
 def test_a_list_of_one_input_takes_an_array():
     inputs = keras.Input((6,))
     model, content = saved(keras.Model([inputs], [DenseMML(3)(inputs)]))
-    x = RNG.normal(size=(4, 6)).astype("float32")
+    x = np.random.normal(size=(4, 6)).astype("float32")
     assert np.array_equal(np.squeeze(runtime.load(content)(x)), np.squeeze(runtime.load(content)([x])))
 
 
@@ -162,7 +165,7 @@ def test_a_model_inside_with_several_inputs():
     inside = keras.Model([first, second], layers.Add()([first, DenseMML(4)(second)]))
     a, b = keras.Input((4,)), keras.Input((4,))
     model, content = saved(keras.Model([a, b], DenseMML(2)(inside([a, b]))))
-    x = [RNG.normal(size=(5, 4)).astype("float32") for _ in range(2)]
+    x = [np.random.normal(size=(5, 4)).astype("float32") for _ in range(2)]
     assert np.abs(runtime.load(content)(x) - ops.convert_to_numpy(model(x))).max() < 1e-5
 
 
@@ -194,16 +197,16 @@ def language_model(mixer="gru", positions=False):
 def test_a_language_model_writes_step_by_step(mixer, positions):
     model, content = language_model(mixer, positions)
     loaded = runtime.load(content)
-    tokens = RNG.integers(0, 30, (2, 24)).astype("int32")
+    tokens = np.random.randint(0, 30, (200, 24)).astype("int32")
     whole = loaded(tokens)
-    assert difference(model.predict(tokens, verbose=0), whole)[1] < 1e-3
-    outputs, cache = loaded(tokens[:, :5], cache=loaded.get_initial_cache(2))
+    assert_rounded_alike(model.predict(tokens, verbose=0), whole)
+    outputs, cache = loaded(tokens[:, :5], cache=loaded.get_initial_cache(200))
     sizes = set()
     for t in range(5, 24):
         step, cache = loaded(tokens[:, [t]], cache=cache)
         outputs = np.concatenate([outputs, step], axis=1)
         sizes.add(sum(np.asarray(part).nbytes for state in cache.values() for part in (state if isinstance(state, tuple) else [state])))
-    np.testing.assert_allclose(outputs, whole, atol=1e-4)
+    assert_rounded_alike(whole, outputs)
     assert len(sizes) == (1 if mixer == "gru" else 19)
     with pytest.raises(ValueError, match="Tokens must be from 0 to 29"):
         loaded(np.full((1, 24), 30))
@@ -218,7 +221,7 @@ def test_steps_need_layers_that_allow_them():
 def test_threads_share_a_model():
     _, content = sequential((30,), DenseMML(40, "relu"), DenseMML(20, "relu"), DenseMML(3))
     model = runtime.load(content)
-    x = RNG.normal(size=(200, 30)).astype("float32")
+    x = np.random.normal(size=(200, 30)).astype("float32")
     expected = model(x)
     with ThreadPoolExecutor(4) as pool:
         for i, y in enumerate(pool.map(lambda i: model(x[i : i + 1]), list(range(200)) * 5)):
@@ -305,7 +308,7 @@ def test_arguments_beside_the_inputs_are_named(mask):
 def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
     sequences, state = keras.Input((5, 4)), keras.Input((6,))
     _, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
-    with pytest.raises(ValueError, match="GRUMML: It takes more than one input: sequences, initial_state"):
+    with pytest.raises(ValueError, match="GRUMML: The runtime knows it with one input. Received: sequences, initial_state"):
         runtime.load(content)
 
 
@@ -327,10 +330,11 @@ def test_no_size_in_a_file_is_believed():
     for layer, argument, value in ((1, "padding", [[10**9, 10**9]] * 2), (2, "size", [10**6, 10**6]), (3, "pool_size", [10**5, 10**5]), (3, "strides", [0, 0])):
         changed = json.loads(json.dumps(config))
         changed["config"]["layers"][layer]["config"][argument] = value
-        start = time.time()
+        tracemalloc.start()
         with pytest.raises(ValueError):
             runtime.load(rebuilt({**parts, "config.json": json.dumps(changed)}))(np.ones((1, 4, 4, 2), "float32"))
-        assert time.time() - start < 2
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
 
 
 # ── Ten thousand damaged files ──────────────────────────────────────────────────────────────────────────────────────
@@ -455,7 +459,7 @@ print(sorted(set(sys.modules) & {"keras", "torch", "h5py"} - {n for n in sys.mod
 
 def test_it_needs_no_keras(tmp_path):
     model, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
-    x = RNG.normal(size=(5, 6)).astype("float32")
+    x = np.random.normal(size=(5, 6)).astype("float32")
     (tmp_path / "model.keras").write_bytes(content)
     np.save(tmp_path / "x.npy", x)
     command = [sys.executable, "-c", ALONE, *(str(tmp_path / name) for name in ("model.keras", "y.npy", "x.npy"))]
@@ -467,7 +471,7 @@ def test_it_needs_no_keras(tmp_path):
 
 def test_without_numba_numpy_computes_the_same(monkeypatch):
     _, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
-    x = RNG.normal(size=(5, 6)).astype("float32")
+    x = np.random.normal(size=(5, 6)).astype("float32")
     expected = runtime.load(content)(x)
     monkeypatch.setattr(kernels, "vector_kernels", lambda: None)
     model = runtime.load(content)
