@@ -7,9 +7,12 @@ __all__ = ['BACK', 'layout_map', 'fit_axes', 'ModelParallel', 'process', 'data_p
            'save', 'SaveEachEpoch']
 
 # %% ../nbs/distribution.ipynb #7a2fcc77
+import atexit
 import math
 import os
+import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import keras
@@ -131,6 +134,7 @@ def _prepare(model, name):
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
+    _wait_at_exit()
     for variable in _state(model):
         distributed.broadcast(variable.value.data, 0)
 
@@ -138,6 +142,12 @@ def _state(model):
     "All variables of the model and its optimizer."
     optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
     return [*model.variables, *(optimizer.variables if optimizer is not None else ())]
+
+# %% ../nbs/distribution.ipynb #b52f9e13
+@cache
+def _wait_at_exit():
+    "Once for a process: before Python leaves, give torch's threads the time to free what was sent last."
+    atexit.register(time.sleep, 0.2)
 
 # %% ../nbs/distribution.ipynb #7b96a0ff
 def data_parallel(
