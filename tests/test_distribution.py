@@ -31,7 +31,7 @@ def start(backend, *command, **environment):
     return subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process, status=0, timeout=240):
+def finish(process, status=0, timeout=600):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
