@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from keras_mml.testing import SHORT
+
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "torch") != "torch", reason="JupyterLab is the same on every backend; torch's run tests it."),
     pytest.mark.skipif(CHROMIUM is None, reason="JupyterLab was not tested: no Chromium here. Install one: apt-get install chromium"),
 ]
@@ -85,7 +88,7 @@ def test_the_first_tutorial_runs_to_its_end(lab):
             assert time.time() < deadline, prompts
             time.sleep(1)
         found = re.findall(r"test accuracy (\d+\.\d+)%", notebook.inner_text())
-        assert len(found) == 1 and 97.8 < float(found[0]) < 99.5
+        assert len(found) == 1 and (80 if SHORT else 97.8) < float(found[0]) < 99.5  # the kernel runs short, too
         demo = notebook.locator(".digit-demo")
         demo.locator("button[aria-label='A handwritten 7']").click()
         demo.locator(".dd-digit:text-is('7')").wait_for()

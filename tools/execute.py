@@ -1,16 +1,18 @@
-"""Execute the notebooks and keep the results in _build/nbs, as the site's source.
+"""Execute notebooks in place: their outputs are saved with a fingerprint of the code that they come from.
 
-    python tools/execute.py            execute what changed since the last time
-    python tools/execute.py --save     and copy the outputs into nbs/, to be committed
+    python tools/execute.py            those whose code is newer than their outputs
+    python tools/execute.py --all      all of them
+    python tools/execute.py --check    none: name those that are not current, and fail if there are any
     python tools/execute.py nbs/a.ipynb nbs/b.ipynb
 
-A notebook is executed again when its code, the package, or a saved benchmark changed. Cells with `#| eval: false` are skipped.
+Cells with `#| eval: false` are skipped. Ctrl-C ends it at once; notebooks that were finished are kept.
 """
 
 import argparse
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, BUILT = ROOT / "nbs", ROOT / "_build" / "nbs"
+NOTEBOOKS = ROOT / "nbs"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # What TensorFlow's C++ prints while Keras imports it, wherever it happens to be installed
 NATIVE_LOG = re.compile(r"^(WARNING: All log messages before absl.*|[IWE]0000 \d+.*|To enable the following instructions:.*)\n?", re.M)
@@ -38,9 +40,19 @@ matplotlib.rcParams.update({
 """
 
 
-def notebooks():
-    "All notebooks below nbs/, in a fixed order."
-    return sorted(p for p in SOURCE.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(SOURCE).parts))
+def fingerprint(notebook):
+    "Of what a notebook shows: its code, and the saved measurements that the code names."
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    digest = hashlib.sha256(code.encode())
+    for path in sorted((NOTEBOOKS / "benchmarks").glob("*.json")):
+        if re.search(rf"\b{path.stem}\b", code):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_current(path):
+    notebook = nbformat.read(path, 4)
+    return notebook.metadata.get("executed") == fingerprint(notebook)
 
 
 def shown(text):
@@ -49,60 +61,36 @@ def shown(text):
     for line in NATIVE_LOG.sub("", ANSI.sub("", text)).split("\n"):
         screen, column = [], 0
         for char in line:
-            if char == "\r":
-                column = 0
-            elif char == "\b":
-                column = max(0, column - 1)
+            if char in "\r\b":
+                column = 0 if char == "\r" else max(0, column - 1)
             else:
-                screen[column:column + 1] = [char]
+                screen[column : column + 1] = [char]
                 column += 1
         lines.append("".join(screen).rstrip())
     return "\n".join(lines)
 
 
-def tidy(notebook):
-    "Leave only what belongs into a committed notebook."
-    notebook.metadata.pop("language_info", None)
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type != "code":
-            continue
-        cell.execution_count = None
-        merged = []
-        for output in cell.outputs:
-            if "execution_count" in output:
-                output.execution_count = None
-            if merged and output.output_type == "stream" and merged[-1].get("name") == output.name:
-                merged[-1].text += output.text
-            else:
-                merged.append(output)
-        for output in merged:
-            if output.output_type == "stream":
-                output.text = shown(output.text)
-            for mime, data in list(output.get("data", {}).items()):
-                if mime == "text/plain":
-                    output.data[mime] = ANSI.sub("", data)
-                if mime == "image/svg+xml":  # the date would make every run a change
-                    output.data[mime] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", data)
-        cell.outputs = [o for o in merged if o.output_type != "stream" or o.text.strip()]
-    return notebook
-
-
-def fingerprint(notebook):
-    "What the outputs of a notebook depend on: its code, the package, and the saved benchmarks."
-    digest = hashlib.sha256()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            digest.update(cell.source.encode() + b"\0")
-    for path in sorted([*(ROOT / "keras_mml").rglob("*.py"), *(SOURCE / "benchmarks").glob("*.json"), Path(__file__)]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def tidy(outputs):
+    "Outputs as they belong into a committed notebook: pieces of a stream joined, no colours, no dates, no counts."
+    merged = []
+    for output in outputs:
+        if "execution_count" in output:
+            output.execution_count = None
+        if merged and output.output_type == "stream" and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    for output in merged:
+        if output.output_type == "stream":
+            output.text = shown(output.text)
+        for mime, data in output.get("data", {}).items():
+            if mime in ("text/plain", "image/svg+xml"):
+                output.data[mime] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", ANSI.sub("", data))
+    return [output for output in merged if output.output_type != "stream" or output.text.strip()]
 
 
 class Client(NotebookClient):
     "A client that skips `#| eval: false` and reports every cell."
-
-    report = staticmethod(lambda: None)
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         skip = cell.cell_type == "code" and re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M)
@@ -111,86 +99,73 @@ class Client(NotebookClient):
         return result
 
 
-def execute(path, bar):
-    "Execute one notebook into _build/nbs and say how long it took."
-    name, start = path.relative_to(SOURCE).with_suffix(""), time.time()
-    notebook = nbformat.read(path, 4)
+def execute(path, bar, running):
+    "Execute a notebook, and write it by way of a temporary file, so that an interruption never leaves half of one."
+    start, notebook = time.time(), nbformat.read(path, 4)
     key = fingerprint(notebook)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STYLE))
-    client = Client(notebook, timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = Client(notebook, timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources=resources)
     client.report = bar.update
+    running.append(client)
     client.execute()
+    running.remove(client)
     del notebook.cells[0]
-    tidy(notebook).metadata["executed"] = key
-    write(notebook, BUILT / path.relative_to(SOURCE))
-    bar.write(f"  {name}: {time.time() - start:.0f} s")
-
-
-def write(notebook, path):
-    "Write a notebook by way of a temporary file, so that an interruption never leaves half of one."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, tidy(cell.outputs)
+    notebook.metadata.pop("language_info", None)
+    notebook.metadata["executed"] = key
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
+    bar.write(f"  {path.relative_to(NOTEBOOKS).with_suffix('')}: {time.time() - start:.0f} s")
 
 
-def is_current(path):
-    "Whether the outputs in _build/nbs come from the present code."
-    built = BUILT / path.relative_to(SOURCE)
-    return built.exists() and nbformat.read(built, 4).metadata.get("executed") == fingerprint(nbformat.read(path, 4))
+def execute_all(paths):
+    "Execute notebooks, two at a time, which beats one with two threads. Whether all of them ran to their end."
+    running, complete = [], True
 
+    def stop(*_):  # kernels are in sessions of their own, which no Ctrl-C reaches
+        for client in running:
+            if client.km is not None and client.km.has_kernel:
+                os.killpg(client.km.provisioner.pid, signal.SIGKILL)
+        os._exit(130)
 
-def refresh_prose(path):
-    "Take the text of the source and the outputs of the last execution, which is of the same code."
-    built, source = nbformat.read(BUILT / path.relative_to(SOURCE), 4), nbformat.read(path, 4)
-    outputs = iter([cell.outputs for cell in built.cells if cell.cell_type == "code"])
-    for cell in source.cells:
-        if cell.cell_type == "code":
-            cell.outputs = next(outputs)
-    source.metadata["executed"] = built.metadata["executed"]
-    write(source, BUILT / path.relative_to(SOURCE))
-
-
-def save(path):
-    "Copy the outputs into the source, without our own metadata."
-    notebook = nbformat.read(BUILT / path.relative_to(SOURCE), 4)
-    notebook.metadata.pop("executed", None)
-    write(notebook, path)
+    for name in (signal.SIGINT, signal.SIGTERM):  # also in the background, where shells have SIGINT ignored
+        signal.signal(name, stop)
+    cells = sum(len(nbformat.read(path, 4).cells) + 1 for path in paths)
+    with tqdm(total=cells, unit="cell") as bar, ThreadPoolExecutor(2) as pool:
+        for path, future in [(path, pool.submit(execute, path, bar, running)) for path in paths]:
+            try:
+                future.result()
+            except CellExecutionError as error:
+                complete = False
+                bar.write(f"\n{path.relative_to(ROOT)} failed:\n{shown(str(error))}")
+    return complete
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=lambda p: Path(p).resolve(), help="default: all of them")
-    parser.add_argument("--save", action="store_true", help="copy the outputs into nbs/")
-    parser.add_argument("--force", action="store_true", help="execute even what did not change")
+    parser.add_argument("--all", action="store_true", help="execute also those whose outputs are current")
+    parser.add_argument("--check", action="store_true", help="execute nothing, and fail if outputs are older than their code")
     args = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ.pop("MPLBACKEND", None)  # plots belong into the notebook, whatever the shell says
-    os.environ["OMP_NUM_THREADS"] = "1"  # two notebooks at a time, one thread each, beat one with two
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-    every = args.notebooks or notebooks()
-    todo = [p for p in every if args.force or not is_current(p)]
-    for path in every:
-        if path not in todo:
-            refresh_prose(path)
-    print(f"→ executing {len(todo)} notebooks ({len(every) - len(todo)} are unchanged since they were executed)")
-    failed = False
-    todo.sort(key=lambda p: "tutorials" not in p.parts)  # the longest first
-    cells = sum(len(nbformat.read(p, 4).cells) + 1 for p in todo)
-    with tqdm(total=cells, unit="cell", disable=not todo) as bar, ThreadPoolExecutor(2) as pool:
-        for path, future in [(path, pool.submit(execute, path, bar)) for path in todo]:
-            try:
-                future.result()
-            except CellExecutionError as error:
-                failed = True
-                bar.write(f"\n{path.relative_to(ROOT)} failed:\n{shown(str(error))}")
-    if failed:
+    hidden = lambda path: any(part[0] in "._" for part in path.relative_to(NOTEBOOKS).parts)
+    every = args.notebooks or sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if not hidden(path))
+    stale = [path for path in every if args.all or args.notebooks or not is_current(path)]
+    if args.check and stale:
+        names = "".join(f"\n  {path.relative_to(ROOT)}" for path in stale)
+        sys.exit(f"The outputs of these notebooks are older than their code. Run 'make notebooks' and commit what it saves:{names}")
+    print(f"→ {len(every) - len(stale)} notebooks have current outputs, {len(stale)} are executed")
+    if stale and not execute_all(sorted(stale, key=lambda path: "tutorials" not in path.parts)):  # the longest first
         sys.exit("A notebook failed. Fix the cell above and run the same command again; the others are kept.")
-    if args.save:
-        for path in every:
-            save(path)
-        print("→ saved the outputs into nbs/")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 # Create .venv if needed and install this project into it with the extras that are named: tools/setup.sh dev torch plot
 # A failed step stops with what to do; running again picks up where it stopped. Set PYTHON to choose the interpreter.
 set -euo pipefail
+# Shells start what runs in the background with SIGINT ignored, which bash cannot undo; Ctrl-C shall end it nevertheless.
+if [ -z "${INTERRUPTIBLE:-}" ] && env --default-signal=INT true 2>/dev/null; then
+    INTERRUPTIBLE=1 exec env --default-signal=INT bash "$0" "$@"
+fi
 cd "$(dirname "$0")/.."
 extras=$(IFS=,; echo "$*")
 log=.setup.log
@@ -40,6 +44,7 @@ if [ "$free" -lt 2000 ]; then fail "only $free MB of disk are free, and the pack
 echo "→ installing keras_mml[$extras] into .venv (some minutes the first time)"
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$extras]" >"$log" 2>&1 &
 pip=$!
+trap 'kill "$pip" 2>/dev/null || true' EXIT  # also after Ctrl-C, which does not reach it
 while kill -0 "$pip" 2>/dev/null; do  # a line whenever pip starts on something new
     sleep 2
     now=$(grep -E "^(Collecting|Downloading|Building|Installing collected)" "$log" | tail -n 1 | cut -c 1-70 || true)
