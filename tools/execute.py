@@ -120,7 +120,7 @@ def execute(path, bar, running):
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
-    bar.write(f"  {path.relative_to(NOTEBOOKS).with_suffix('')}: {time.time() - start:.0f} s")
+    bar.write(f"  {os.path.relpath(path, NOTEBOOKS)}: {time.time() - start:.0f} s")
 
 
 def execute_all(paths):
@@ -142,7 +142,7 @@ def execute_all(paths):
                 future.result()
             except CellExecutionError as error:
                 complete = False
-                bar.write(f"\n{path.relative_to(ROOT)} failed:\n{shown(str(error))}")
+                bar.write(f"\n{os.path.relpath(path, ROOT)} failed:\n{shown(str(error))}")
     return complete
 
 
