@@ -22,7 +22,7 @@ import numpy as np
 
 from . import kernels
 from .constants import NORM_EPSILON
-from .packing import decode_state, pack_ternary, unpack_ternary
+from .packing import decode_state, layer_sizes, pack_ternary, unpack_ternary
 
 # %% ../nbs/numpy_layers.ipynb #b368bb97
 MAX_ELEMENTS = 2**28  # of what a layer makes larger than its inputs
@@ -155,7 +155,7 @@ def ternary_state(spec, shape, channels, bias):
         raise ValueError("It is not packed. Pack the model first: `keras_mml.pack(model).save(...)`.")
     bits, gain = bits_of(spec.config["activation_bits"]), channels if spec.config["norm_gain"] else 0
     spec.choice("norm", "rms", None)
-    sizes = {"kernel": shape, "bias": shape[-1] if bias else 0, "gain": gain, "norm": spec.config["norm"], "activation_bits": bits}
+    sizes = layer_sizes(shape, bias=shape[-1] if bias else 0, gain=gain, norm=spec.config["norm"], activation_bits=bits)
     return decode_state(spec.arrays[f"{spec.path}/vars/packed"], sizes), bits
 
 class Ternary:
