@@ -48,7 +48,7 @@ class Specification:
         "An array of the layer as float32; -1 in the shape stands for any size."
         path = f"{self.path}/vars/{name}"
         if path not in self.arrays:
-            raise ValueError(f"The file has no array '{path}'.")
+            raise ValueError(f"The file has no array '{path}'. The model was saved before it had weights, or the file is damaged.")
         found = self.arrays[path]
         if len(found.shape) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, found.shape)):
             raise ValueError(f"The array '{path}' should have the shape {shape}. Received: shape {found.shape}")
@@ -69,7 +69,7 @@ class Specification:
     def choice(self, name, *allowed):
         "An argument that is one of a few values."
         if self.config[name] not in allowed:
-            raise ValueError(f"`{name}` should be one of {allowed} here. Received: {name}={self.config[name]!r}")
+            raise ValueError(f"`{name}` should be {' or '.join(map(repr, allowed))} here. Received: {name}={self.config[name]!r}")
         return self.config[name]
 
 def _positive(name, value):
@@ -135,8 +135,10 @@ ACTIVATIONS = {
 def activation_of(spec, argument="activation"):
     "The function of an argument such as `activation`."
     name = spec.config.get(argument) or "linear"
+    if isinstance(name, dict):  # a function or a layer of somebody's own
+        name = name["config"] if isinstance(name.get("config"), str) else name.get("class_name")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"The runtime has no activation {name!r}. It has {sorted(ACTIVATIONS)}.")
+        raise ValueError(f"The runtime has no activation {name!r}. It has {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 # %% ../nbs/numpy_layers.ipynb #6c0df95e
