@@ -78,6 +78,19 @@ def _reason(model, layers, latent):
         return "has layers without weights yet. Call it on a batch before `fit`"
     return "has no layer with a ternary kernel. Those of `keras_mml.layers` such as `DenseMML` have one"
 
+# %% ../nbs/callbacks.ipynb #d3a96e18
+def _lend(thing, name, value):
+    "Give an object another attribute. Returns the function that gives it back what was there, unless somebody has changed it meanwhile."
+    own = {name: vars(thing)[name]} if name in vars(thing) else {}
+    vars(thing)[name] = value
+
+    def give_back():
+        if vars(thing).get(name) is value:
+            del vars(thing)[name]
+            vars(thing).update(own)
+
+    return give_back
+
 # %% ../nbs/callbacks.ipynb #67d686fb
 QUANTIZERS = ("kernel_quantizer", "activation_quantizer")  # the attributes of a `PackableLayer` that hold them
 
@@ -94,7 +107,7 @@ class BlendedSteps:
 
     def blend_next(self, amount):
         "Blend by `amount` in the next step of `fit`, and only in that."
-        model, plain = self.model, self.model.train_function
+        model = self.model
 
         def once(*args):
             take_back()
@@ -104,23 +117,26 @@ class BlendedSteps:
             finally:
                 _set(self.own)
 
-        def make(force=False):
+        def make(*args, **kwargs):
             take_back()
-            return model.make_train_function(force)
+            return model.make_train_function(*args, **kwargs)
 
         def take_back():
-            vars(model).pop("make_train_function", None)
-            if model.train_function is once:
-                model.train_function = plain
+            for give_back in lent:
+                give_back()
 
-        model.train_function, model.make_train_function = once, make
+        lent = [_lend(model, "train_function", once), _lend(model, "make_train_function", make)]
 
     def made(self):
         "The function that is called with the lent quantizers only."
         if self.function is None:
             model, plain = self.model, self.model.train_function
-            model.make_train_function(force=True)
-            self.function, model.train_function = model.train_function, plain
+            try:
+                model.train_function = None  # or nothing is made
+                model.make_train_function()
+                self.function = model.train_function
+            finally:
+                model.train_function = plain
         return self.function
 
 def _set(quantizers):
@@ -147,11 +163,11 @@ def _call_with_amount(steps, amount, state, iterator):
                 quantizer.amount = amount
             return train_step(state, data)
 
+        give_back = _lend(model, "train_step", blended_step)
         try:
-            model.train_step = blended_step
             steps.made()
         finally:
-            del model.train_step
+            give_back()
     return steps.function(state, ((np.float32(amount), data) for data in iterator))
 
 _CALL = {"jax": _call_with_amount}

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import keras
 
@@ -270,11 +271,8 @@ def save(
 @contextmanager
 def _portable_config(model):
     config = portable(model.get_compile_config())
-    model.get_compile_config = lambda: config
-    try:
+    with patch.object(model, "get_compile_config", lambda: config):
         yield
-    finally:
-        del model.get_compile_config
 
 def _wait():
     "Until all processes are here."

@@ -456,12 +456,14 @@ def _quiet():
             logger.setLevel(level)
 
 # %% ../nbs/export.ipynb #ad7c5fb6
+_TURN = threading.RLock()
+
 def export_onnx(
     model,       # a built Keras model with ternary layers, packed or not
     path,        # of the file to write
     exact=True,  # whether integers are kept; `False` lets ONNX Runtime round them once more, which saves a few operators
 ):
-    """Write the model as an ONNX file whose ternary products have weights of 2 bits. The batch may have any size.
+    """Write the model as an ONNX file whose ternary products have weights of 2 bits. The batch may have any size. Threads may export at once.
 
     Raises `ImportError` where torch, onnx or onnxscript is missing, `FileNotFoundError` where the folder is, and `ValueError` for
     what is no built Keras model, has no ternary layer, or computes what cannot be expressed in ONNX.
@@ -473,7 +475,7 @@ def export_onnx(
     if not all(layer.packed for layer in model._flatten_layers() if isinstance(layer, PackableLayer)):
         model = pack(model)
     inputs = _input_specs(model)
-    with _quiet():
+    with _TURN, _quiet():
         captured, names = _capture_any_size(model, inputs)
         onnx_model = _translate(captured)
         _replace_marks(onnx_model.graph, exact)

@@ -91,7 +91,10 @@ def members(
             data.expect(address, b"SNOD")
             for entry in range(data.numbers(address + 6, "H")[0]):
                 name, header = data.numbers(address + 8 + 40 * entry, "QQ")
-                found.append((heap[name : heap.index(b"\0", name)].decode(), header))
+                end = heap.find(b"\0", name)
+                if end < 0:
+                    raise ValueError("A name in the HDF5 data has no end. The file is damaged.")
+                found.append((heap[name:end].decode(errors="replace"), header))
             continue
         data.expect(address, b"TREE")
         kind, own_level, count = data.numbers(address + 4, "BBH")

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import kernels
 from .constants import NORM_EPSILON
-from .packing import decode_state, pack_ternary, unpack_ternary
+from .packing import decode_state, layer_sizes, pack_ternary, unpack_ternary
 
 # %% ../nbs/numpy_layers.ipynb #b368bb97
 MAX_ELEMENTS = 2**28  # of what a layer makes larger than its inputs
@@ -48,7 +48,7 @@ class Specification:
         "An array of the layer as float32; -1 in the shape stands for any size."
         path = f"{self.path}/vars/{name}"
         if path not in self.arrays:
-            raise ValueError(f"The file has no array '{path}'.")
+            raise ValueError(f"The file has no array '{path}'. The model was saved before it had weights, or the file is damaged.")
         found = self.arrays[path]
         if len(found.shape) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, found.shape)):
             raise ValueError(f"The array '{path}' should have the shape {shape}. Received: shape {found.shape}")
@@ -69,7 +69,7 @@ class Specification:
     def choice(self, name, *allowed):
         "An argument that is one of a few values."
         if self.config[name] not in allowed:
-            raise ValueError(f"`{name}` should be one of {allowed} here. Received: {name}={self.config[name]!r}")
+            raise ValueError(f"`{name}` should be {' or '.join(map(repr, allowed))} here. Received: {name}={self.config[name]!r}")
         return self.config[name]
 
 def _positive(name, value):
@@ -135,8 +135,10 @@ ACTIVATIONS = {
 def activation_of(spec, argument="activation"):
     "The function of an argument such as `activation`."
     name = spec.config.get(argument) or "linear"
+    if isinstance(name, dict):  # a function or a layer of somebody's own
+        name = name["config"] if isinstance(name.get("config"), str) else name.get("class_name")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"The runtime has no activation {name!r}. It has {sorted(ACTIVATIONS)}.")
+        raise ValueError(f"The runtime has no activation {name!r}. It has {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 # %% ../nbs/numpy_layers.ipynb #6c0df95e
@@ -155,7 +157,7 @@ def ternary_state(spec, shape, channels, bias):
         raise ValueError("It is not packed. Pack the model first: `keras_mml.pack(model).save(...)`.")
     bits, gain = bits_of(spec.config["activation_bits"]), channels if spec.config["norm_gain"] else 0
     spec.choice("norm", "rms", None)
-    sizes = {"kernel": shape, "bias": shape[-1] if bias else 0, "gain": gain, "norm": spec.config["norm"], "activation_bits": bits}
+    sizes = layer_sizes(shape, bias=shape[-1] if bias else 0, gain=gain, norm=spec.config["norm"], activation_bits=bits)
     return decode_state(spec.arrays[f"{spec.path}/vars/packed"], sizes), bits
 
 class Ternary:

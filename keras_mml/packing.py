@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POWERS', 'FIVE_TRITS', 'BLOCK_UNITS', 'BLOCK_DIM', 'VECTORS', 'as_trits', 'packed_shape', 'pack_ternary',
-           'unpack_ternary', 'encode_state', 'decode_state']
+           'unpack_ternary', 'layer_sizes', 'encode_state', 'decode_state']
 
 # %% ../nbs/packing.ipynb #56a68b4a
+import json
 import math
 import zlib
 
@@ -102,22 +103,36 @@ def _is_2bit(bits):
         raise ValueError(f"Received an invalid value for `bits`, expected 2 or 1.6. Received: bits={bits!r}")
     return bits == 2
 
-# %% ../nbs/packing.ipynb #8f21409c
+# %% ../nbs/packing.ipynb #b7d20c41
 VECTORS = ("kernel_scale", "bias", "gain")
 
-def _checksum(content, sizes):
-    "Four bytes over the content and the sizes that it was written for."
-    return np.array([zlib.crc32(content.tobytes(), zlib.crc32(repr(sizes).encode()))], "<u4").view(np.uint8)
+def layer_sizes(
+    kernel,           # shape of the kernel
+    bias,             # size of the bias, 0 for none
+    gain,             # that of the gain of the normalisation
+    norm,             # the normalisation, `"rms"` or `None`
+    activation_bits,  # the width of the inputs, once they are rounded
+):                    # a dictionary
+    "What a layer must have in common with its bytes in a file."
+    return {"kernel": tuple(map(int, kernel)), "bias": int(bias), "gain": int(gain), "norm": norm, "activation_bits": int(activation_bits)}
 
+def _canonical(sizes):
+    return json.dumps(layer_sizes(**sizes), sort_keys=True, separators=(",", ":"))
+
+def _checksum(content, sizes):
+    "Four bytes over the content and the text of the sizes that it was written for."
+    return np.array([zlib.crc32(content.tobytes(), zlib.crc32(sizes.encode()))], "<u4").view(np.uint8)
+
+# %% ../nbs/packing.ipynb #8f21409c
 def encode_state(
     state,  # dictionary: `trits` of shape `sizes["kernel"]`, `kernel_scale` of shape `(units,)`, and perhaps `bias` and `gain`
-    sizes,  # dictionary: the shape of the `kernel`, the sizes of `bias` and `gain`, 0 for none, and what else the layer must have in common with its file
+    sizes,  # what `layer_sizes` returned
 ):          # uint8, one axis
     "The state as bytes, for a layer with these sizes."
     scale, *others = (state[name] for name in VECTORS if name in state)
     vectors = np.concatenate([scale[:1] if (scale == scale[0]).all() else scale, *others])
     content = np.concatenate([pack_ternary(state["trits"], bits=1.6), vectors.astype("<f4").view(np.uint8)])
-    return np.concatenate([content, _checksum(content, sizes)])
+    return np.concatenate([content, _checksum(content, _canonical(sizes))])
 
 # %% ../nbs/packing.ipynb #07222a20
 def decode_state(
@@ -125,10 +140,11 @@ def decode_state(
     sizes,  # what was given to it
 ):          # the state
     "Undo `encode_state`. Raises `ValueError` for bytes that are not as a layer with these sizes wrote them."
-    content, checksum = array[:-4], array[-4:]
-    if array.dtype != np.uint8 or array.ndim != 1 or not np.array_equal(checksum, _checksum(content, sizes)):
+    sizes, is_bytes = layer_sizes(**sizes), array.dtype == np.uint8 and array.ndim == 1
+    texts = (_canonical(sizes), repr(sizes)) if is_bytes else ()  # the second is that of files from before there was the first
+    if not any(np.array_equal(array[-4:], _checksum(array[:-4], text)) for text in texts):
         raise ValueError(f"The file is damaged, or was written by another layer than one with {sizes}.")
-    shape = sizes["kernel"]
+    content, shape = array[:-4], sizes["kernel"]
     packed, vectors = np.split(content, [-(-math.prod(shape) // 5)])
     vectors = np.frombuffer(vectors.tobytes(), "<f4").astype(np.float32)
     behind = {name: sizes[name] for name in VECTORS[1:] if sizes[name]}

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -38,10 +39,19 @@ def _parts(content):
         raise ValueError(f"It is {found}. Save a whole model: `keras_mml.pack(model).save('model.keras')`.")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            config = json.loads(_part(archive, "config.json", len(content)))
-            return config, read_hdf5(_part(archive, "model.weights.h5", len(content)))
-    except zipfile.BadZipFile as error:
+            config, weights = (_part(archive, name, len(content)) for name in ("config.json", "model.weights.h5"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last where a part is encrypted
         raise ValueError(f"It is damaged or incomplete: {error}.") from error
+    return json.loads(config), read_hdf5(weights)
+
+# %% ../nbs/runtime.ipynb #5e1f7a90
+def _reason(error):
+    "What is wrong with a file, from the error that reading it raised."
+    if isinstance(error, KeyError):
+        return f"Its configuration has no {error}: it is damaged, or was not written by Keras 3."
+    if not isinstance(error, ValueError) or isinstance(error, (json.JSONDecodeError, UnicodeError)):
+        return "Its configuration is not as Keras 3 writes it, or damaged."
+    return str(error)
 
 # %% ../nbs/runtime.ipynb #bd145fae
 def _class_of(config):
@@ -54,16 +64,26 @@ def _class_of(config):
     known = module in ("keras", "keras.layers", "keras.src.models.functional", "keras.src.models.sequential")
     return name if known else registered or f"{module}>{name}"
 
+def _unknown(noun, config, known):
+    "The error for a class that is not in the table."
+    name = config["config"].get("name") or config.get("name")
+    named = f"{noun} '{name}'" if name else noun
+    return ValueError(
+        f"{named} of class {config['class_name']} is not known to the runtime, {known}. Keras itself runs it, and `keras_mml.export_onnx` writes "
+        "ternary models for ONNX Runtime."
+    )
+
 def _make(config, arrays, path):
     "The function of a layer, and whether it treats every step in time alone."
-    kind, name = _class_of(config), config["config"]["name"]
+    kind = _class_of(config)
     if kind in ("Sequential", "Functional"):
         return Model(config, arrays, path), False
     if kind not in LAYERS:
-        raise ValueError(f"Layer '{name}' of class {config['class_name']} is not known to the runtime. It knows: {', '.join(supported())}.")
+        raise _unknown("Operation" if kind.startswith("ops>") else "Layer", config, "whose `supported()` lists what is")
+    name = config["config"]["name"]
     try:
         policy = config["config"].get("dtype", "float32")
-        policy = policy if isinstance(policy, str) else policy["config"]["name"]
+        policy = policy if isinstance(policy, str) else policy["config"].get("name", policy["class_name"])
         if policy != "float32":
             raise ValueError(f"The runtime computes in float32. Received: dtype={policy!r}")
         make, each_step = LAYERS[kind]
@@ -73,8 +93,7 @@ def _make(config, arrays, path):
             raise ValueError(f"The runtime knows it with one input. Received: {inputs}" if inputs else "It was never built. Call the model on a batch before you save it.")
         return make(Specification(config["config"], arrays, path, built.get("input_shape"))), each_step
     except Exception as error:  # whatever a file can contain
-        reason = f"Its configuration has no {error}." if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"Layer '{name}' of class {config['class_name']}: {reason}") from error
+        raise ValueError(f"Layer '{name}' of class {config['class_name']}: {_reason(error)}") from error
 
 def supported():
     "The names of the classes of layers that the runtime knows."
@@ -109,13 +128,13 @@ class Call(NamedTuple):
     config: dict
     each_step: bool
 
-def _tree(value):
-    "Arguments of a call, as Keras wrote them, with references."
+def _tree(value, layer):
+    "Arguments of a call of the layer, as Keras wrote them, with references."
     if isinstance(value, list):
-        return [_tree(v) for v in value]
+        return [_tree(v, layer) for v in value]
     if isinstance(value, dict):
         if value.get("class_name") != "__keras_tensor__":
-            raise ValueError(f"The runtime does not know an argument of class {value.get('class_name')!r}.")
+            raise ValueError(f"Layer '{layer}' is called with a constant of class {value.get('class_name')}, which the runtime does not know.")
         return Reference(*value["config"]["keras_history"])
     return value
 
@@ -159,7 +178,7 @@ def _calls_of(config, function, each_step):
         unknown = {name for name, value in node["kwargs"].items() if name != "training" and any(v is not None for v in (value if isinstance(value, list) else [value]))}
         if unknown or len(node["args"]) > (2 if _class_of(config).startswith("ops>") else 1):
             raise ValueError(f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}")
-        yield Call(Reference(config["config"]["name"], number), function, [_tree(a) for a in node["args"]], config, each_step)
+        yield Call(Reference(config["config"]["name"], number), function, [_tree(a, config["config"]["name"]) for a in node["args"]], config, each_step)
 
 # %% ../nbs/runtime.ipynb #8fe9f600
 class Graph(NamedTuple):
@@ -184,8 +203,8 @@ def _sequential(config, arrays, path):
         function, each_step = _make(layer, arrays, where)
         calls.append(Call(Reference(layer["config"]["name"]), function, [before], layer, each_step))
         before = calls[-1].reference
-    first = config["layers"][0]
-    return Graph(calls, inputs, before, {inputs[:2]: _input_of(first["config"] if first not in layers else {})})
+    known = [_input_of(layer["config"]) for layer in config["layers"] if layer not in layers] or [_input_of({})]
+    return Graph(calls, inputs, before, {inputs[:2]: known[0]})
 
 def _structure(value):
     "The inputs or outputs of a functional model: lists and dictionaries of what stands for a reference."
@@ -306,16 +325,19 @@ class Model:
     """
 
     def __init__(self, config, arrays, path=""):
-        kind, self.name = _class_of(config), config["config"]["name"]
+        kind = _class_of(config)
         if kind not in ("Sequential", "Functional"):
-            raise ValueError(f"The runtime knows Sequential and functional models. Received: '{self.name}' of class {kind}")
+            raise _unknown("Model", config, "which knows Sequential and functional models")
+        self.name = config["config"]["name"]
         graph = (_sequential if kind == "Sequential" else _functional)(config["config"], arrays, path)
         self.graph, inputs, self.fast = graph, {r[:2] for r in _references(graph.inputs)}, None
         self.calls = _ordered(graph.calls, inputs)
+        if not self.calls:
+            raise ValueError(f"'{self.name}' has no layers.")
         if any(isinstance(call.function, Ternary) for call in self.calls) and kernels.vector_kernels() is not None:
             self.calls = [call for group in _links(self.calls, graph.outputs) for call in _fused(group)]
         given = inputs | {call.reference[:2] for call in self.calls}
-        if not self.calls or not {r[:2] for r in _references(graph.outputs)} <= given or not inputs <= graph.known.keys():
+        if not {r[:2] for r in _references(graph.outputs)} <= given or not inputs <= graph.known.keys():
             raise ValueError(f"The outputs of '{self.name}' are not connected.")
         last = self.calls[-1]
         if len(self.calls) == 1 and last.arguments == [graph.inputs] and graph.outputs == last.reference and hasattr(last.function, "program"):
@@ -407,8 +429,8 @@ def load(
     try:
         with np.errstate(all="ignore"):
             return Model(*_parts(content))
-    except Exception as error:  # from the libraries that read zip, JSON and so on, too
-        raise ValueError(f"{name} cannot be loaded. {error or type(error).__name__}") from error
+    except Exception as error:  # whatever a file can contain
+        raise ValueError(f"{name} cannot be loaded. {_reason(error)}") from error
 
 def _content(file):
     "What to call a file in errors, and its bytes."
@@ -419,6 +441,8 @@ def _content(file):
         if not isinstance(content, bytes):
             raise ValueError("A file object must be opened for reading bytes, as `open(path, 'rb')` does.")
         return f"'{getattr(file, 'name', 'The file')}'", content
+    if not isinstance(file, (str, os.PathLike)):
+        raise ValueError(f"Expected a path, the bytes of a file, or an open file. Received: {file!r} of type {type(file).__name__}")
     name = os.fspath(file)
     if os.path.isdir(name):
         raise ValueError(f"'{name}' is a folder. Expected the path of a .keras file.")

@@ -1,5 +1,6 @@
 """A warm-up leaves nothing behind, whatever happens while it acts; the monitors count what happened."""
 
+import contextlib
 import copy
 import csv
 import math
@@ -863,3 +864,87 @@ def test_in_a_notebook_one_figure_is_replaced(monkeypatch):
     assert len(shown) == 1 and len(updated) == 2 and plt.get_fignums() == before
     lines = updated[-1].axes[0].lines
     assert len(lines) == 3 and list(lines[0].get_ydata()) == pytest.approx([0, 3 / 6, 1 / 6]) and list(lines[0].get_xdata()) == [1, 2, 3]
+
+
+# What callbacks lend to a model is gone afterwards, and what it hid is there again
+
+LENT = ("train_step", "make_train_function", "train_function", "call", "get_compile_config")
+
+
+class OwnStep(keras.Sequential):
+    "A model with a step of its own class."
+
+    def train_step(self, *args):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().train_step(*args)
+
+
+def with_own(*names):
+    "A model with such attributes of its own, which call those of its class and are counted."
+    model = network()
+    model.used = []
+    for name in names:
+
+        def own(*args, name=name, of_class=getattr(model, name)):
+            model.used.append(name)
+            return of_class(*args)
+
+        setattr(model, name, own)
+    return model
+
+
+def belongings(model):
+    "What is lent, where it is the object's own."
+    own = [{name: vars(model)[name] for name in LENT if name in vars(model)}]
+    return own + [(layer.kernel_quantizer, layer.activation_quantizer) for layer in model.layers]
+
+
+@pytest.mark.parametrize("own", [(), ("train_step",), ("make_train_function",), ("train_step", "make_train_function")])
+@pytest.mark.parametrize("hook", [None, "on_train_batch_begin", "on_train_batch_end"])
+def test_callbacks_give_back_what_a_model_had(own, hook):
+    model = with_own(*own)
+    model.fit(X, Y, **BATCH)
+    before = belongings(model)
+    assert set(own) <= before[0].keys()
+    failing = [Raise(hook, epoch=0)] if hook else []
+    with pytest.raises(Stop) if hook else contextlib.nullcontext():
+        model.fit(X, Y, callbacks=[FlipRatio(), SparsityMonitor(), QuantizationWarmup(steps=1000), *failing], **BATCH)
+    model.make_train_function()  # as Keras does before it trains
+    assert belongings(model) == before
+    model.used.clear()
+    compiled(model).fit(X, Y, callbacks=[QuantizationWarmup(steps=5)], **BATCH)
+    assert set(model.used) == set(own)
+
+
+@pytest.mark.parametrize("where", ["class", "object"])
+def test_a_models_own_step_computes_the_blended_batches(where):
+    keras.utils.set_random_seed(0)
+    layers_ = [keras.Input((12,)), DenseMML(16, activation="relu"), DenseMML(3)]
+    model = compiled((OwnStep if where == "class" else keras.Sequential)(layers_))
+    if where == "object":
+        of_class = model.train_step
+        model.steps = 0
+
+        def own(*args):
+            model.steps += 1
+            return of_class(*args)
+
+        model.train_step = own
+    plain = network()
+    plain.set_weights(model.get_weights())
+    expected = amounts(QuantizationWarmup(steps=8), 2, plain)[1]["loss"]
+    assert amounts(QuantizationWarmup(steps=8), 2, model)[1]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.steps > 1 and (where == "class") == ("train_step" not in vars(model))
+    assert_same(numpy_weights(model), numpy_weights(plain))
+
+
+def test_what_somebody_changes_meanwhile_is_left():
+    model, other = network(), lambda *args: None
+
+    class Change(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 3:
+                self.model.make_train_function = other
+
+    model.fit(X, Y, callbacks=[QuantizationWarmup(steps=100), Change()], **BATCH)
+    assert model.make_train_function is other

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -396,3 +397,24 @@ def test_digits_are_read_as_well_as_in_keras(tmp_path):
     classes = [outputs.argmax(1) for outputs in (run(export(model, tmp_path / "m"), x_test)[0], pack(model).predict(x_test, verbose=0))]
     assert (classes[1] == y_test).mean() > 0.7
     assert abs((classes[0] == y_test).mean() - (classes[1] == y_test).mean()) <= 0.001 and (classes[0] == classes[1]).mean() > 0.998
+
+
+@on_torch
+def test_threads_that_export_at_once_write_what_they_write_alone(tmp_path):
+    models = [keras.Sequential([keras.Input((16 * n,)), DenseMML(8, activation="relu"), DenseMML(n + 1)], name=f"m{n}") for n in (1, 2, 3)]
+    for n, model in enumerate(models):
+        keras_mml.export_onnx(model, tmp_path / f"alone_{n}.onnx")
+    before = keras.layers.Layer.__call__, keras.DTypePolicy.compute_dtype, torch_functions()
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(lambda n: keras_mml.export_onnx(models[n], tmp_path / f"at_once_{n}.onnx"), range(len(models))))
+    for n in range(len(models)):
+        assert (tmp_path / f"at_once_{n}.onnx").read_bytes() == (tmp_path / f"alone_{n}.onnx").read_bytes()
+    assert (keras.layers.Layer.__call__, keras.DTypePolicy.compute_dtype, torch_functions()) == before
+
+
+def torch_functions():
+    import torch
+
+    from keras_mml import operators
+
+    return torch.take_along_dim, operators._torch_on_device

@@ -5,20 +5,23 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from keras import ops
 from keras.src import testing
 
-from keras_mml import pack
+from keras_mml import pack, runtime
 from keras_mml.kernels import ternary_linear
-from keras_mml.layers import DenseMML, RMSNorm
+from keras_mml.layers import Conv2DMML, DenseMML, RMSNorm
 from keras_mml.operators import linear_on_device, packed_linear
-from keras_mml.packing import pack_ternary, unpack_ternary
+from keras_mml.packing import decode_state, encode_state, layer_sizes, pack_ternary, unpack_ternary
 from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -597,3 +600,71 @@ def test_in_a_tensorflow_graph():
         y = tf.function(lambda x: packed(x), input_signature=signature)(tf.constant(INPUTS))
         assert y.shape == (7, 4, 33)
         np.testing.assert_array_equal(y.numpy(), expected)
+
+
+# The bytes of a state and the sizes that they are for
+
+SMALL = st.integers(1, 6)
+TYPES = [int, np.int8, np.int32, np.int64, np.uint16]
+
+
+@st.composite
+def states(draw):
+    "A state, its sizes, and the same sizes in another order and of other integers."
+    shape = tuple(draw(st.lists(SMALL, min_size=2, max_size=4)))
+    bias, gain = (draw(st.sampled_from([0, size])) for size in (shape[-1], shape[0]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    vectors = {"kernel_scale": shape[-1], "bias": bias, "gain": gain}
+    state = {"trits": rng.integers(-1, 2, shape).astype("int8"), **{n: rng.normal(size=s).astype("float32") for n, s in vectors.items() if s}}
+    sizes = layer_sizes(shape, bias, gain, draw(st.sampled_from(["rms", None])), draw(st.integers(2, 8)))
+    kind = draw(st.sampled_from(TYPES))
+    other = {**sizes, "kernel": [kind(n) for n in shape], "bias": kind(bias), "gain": kind(gain)}
+    return state, sizes, dict(draw(st.permutations(list(other.items()))))
+
+
+@given(states())
+def test_a_state_is_read_as_it_was_written_whatever_the_order_and_type_of_its_sizes(drawn):
+    state, sizes, same = drawn
+    for written, read in [(sizes, same), (same, sizes)]:
+        found = decode_state(encode_state(state, written), read)
+        assert found.keys() == state.keys()
+        for name, value in state.items():
+            np.testing.assert_array_equal(found[name], value)
+    np.testing.assert_array_equal(encode_state(state, sizes), encode_state(state, same))
+
+
+def test_other_sizes_are_refused():
+    state = {"trits": np.ones((2, 6), "int8"), "kernel_scale": np.ones(6, "float32")}
+    sizes = layer_sizes((2, 6), 0, 0, "rms", 8)
+    written = encode_state(state, sizes)
+    for change in [{"kernel": (3, 4)}, {"kernel": (6, 2)}, {"norm": None}, {"activation_bits": 4}, {"bias": 6}]:
+        with pytest.raises(ValueError, match="damaged, or was written by another layer"):
+            decode_state(written, {**sizes, **change})
+    for damaged in [written[:-1], written.astype("int16"), written[None], np.uint8(3), written[:0]]:
+        with pytest.raises(ValueError, match="damaged, or was written by another layer"):
+            decode_state(np.asarray(damaged), sizes)
+
+
+def test_files_from_before_the_canonical_text_are_read():
+    content = bytes.fromhex("cb940000003f0000803f0000803f0000803f")  # the trits of `eye(3)`, a scale of 0.5, and a bias of ones
+    sizes = layer_sizes((3, 3), 3, 0, "rms", 8)
+    before = "{'kernel': (3, 3), 'bias': 3, 'gain': 0, 'norm': 'rms', 'activation_bits': 8}"
+    checksum = zlib.crc32(content, zlib.crc32(before.encode())).to_bytes(4, "little")
+    state = decode_state(np.frombuffer(content + checksum, "uint8"), sizes)
+    np.testing.assert_array_equal(state["trits"], np.eye(3))
+    np.testing.assert_array_equal(state["kernel_scale"], np.full(3, 0.5))
+    np.testing.assert_array_equal(state["bias"], np.ones(3))
+
+
+def test_layers_whose_arguments_are_numpy_integers_load_in_keras_and_in_the_runtime(tmp_path):
+    n = np.int64
+    layers = [
+        keras.Input((n(8), n(8), n(2))), Conv2DMML(n(6), (n(3), n(3)), padding="same"), keras.layers.Flatten(),
+        DenseMML(5, activation_bits=4, norm_gain=True),
+    ]  # fmt: skip
+    model = pack(keras.Sequential(layers))
+    model.save(tmp_path / "model.keras")
+    x = np.random.normal(size=(3, 8, 8, 2)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras").predict(x, verbose=0), expected)
+    np.testing.assert_allclose(runtime.load(tmp_path / "model.keras")(x), expected, rtol=1e-4, atol=1e-4)

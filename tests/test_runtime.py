@@ -10,6 +10,7 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -477,3 +478,114 @@ def test_without_numba_numpy_computes_the_same(monkeypatch):
     model = runtime.load(content)
     assert model.fast is None
     np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+# ── Files of others ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@keras.saving.register_keras_serializable(package="somebody")
+class Subclassed(keras.Model):
+    "Its configuration has no name."
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(2)
+
+    def call(self, x):
+        return self.head(x)
+
+
+@keras.saving.register_keras_serializable(package="somebody")
+class Nameless(layers.Layer):
+    def call(self, x):
+        return x
+
+    def get_config(self):
+        return {}
+
+
+@keras.saving.register_keras_serializable(package="somebody")
+def own_function(x):
+    return x
+
+
+def functional(shape, function):
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, function(inputs))
+
+
+def built(model, shape):
+    model(np.zeros((1, *shape), "float32"))
+    return model
+
+
+def quantized():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="small")])
+    model.quantize("int8")
+    return model
+
+
+def of(part, shape=(4,), dtype="float32"):
+    return lambda: keras.Sequential([keras.Input(shape, dtype=dtype), part()])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: built(Subclassed(), (4,)), "Model of class Subclassed is not known to the runtime, which knows Sequential and functional models."),
+        (of(Nameless), "Layer of class Nameless is not known"),
+        (of(lambda: layers.Bidirectional(layers.GRU(3), name="both"), (5, 4)), "Layer 'both' of class Bidirectional is not known"),
+        (of(lambda: layers.Normalization(mean=0.0, variance=1.0, name="norm")), "Layer 'norm' of class Normalization is not known"),
+        (of(lambda: layers.TimeDistributed(layers.Dense(2), name="each"), (5, 4)), "Layer 'each' of class TimeDistributed is not known"),
+        (lambda: functional((4,), lambda x: keras.Sequential([layers.Identity(), layers.ELU(name="inner")])(x)), "Layer 'inner' of class ELU is not known"),
+        (lambda: functional((4,), lambda x: ops.relu(x)), "Operation 'relu.*' of class Relu is not known"),
+        (lambda: functional((4,), lambda x: x * np.ones(4, "float32")), "Layer 'multiply.*' is called with a constant of class __numpy__"),
+        (lambda: functional((4,), lambda x: x), "has no layers"),
+        (keras.Sequential, "has no layers"),
+        (quantized, "Layer 'small' of class Dense: The runtime computes in float32. Received: dtype='QuantizedDTypePolicy'"),
+        (of(lambda: layers.Dense(2, activation=own_function)), "The runtime has no activation 'somebody>own_function'. It has linear, relu"),
+        (lambda: keras.Sequential([layers.Dense(2)]), "The model was saved before it had weights"),
+        (of(lambda: layers.Embedding(5, 3, mask_zero=True), (4,), "int32"), "`mask_zero` should be False here. Received: mask_zero=True"),
+    ],
+)
+def test_foreign_models_are_refused_in_words(make, message, tmp_path):
+    make().save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match=f"model.keras' cannot be loaded. .*{message}") as refused:
+        runtime.load(tmp_path / "model.keras")
+    if "is not known" in message:
+        assert "Keras itself runs it, and `keras_mml.export_onnx` writes" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("", "not as Keras 3 writes it"), ("null", "not as Keras 3 writes it"), ("[1]", "not as Keras 3 writes it"), ('"a"', "not as Keras 3 writes it"),
+        ("{}", "has no 'module'"), ('{"class_name": "Sequential", "config": {"layers": []}}', "has no 'module'"),
+        ('{"module": "keras", "class_name": "Sequential"}', "has no 'config'"),
+        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a"}}', "has no 'layers'"),
+        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a", "layers": [3]}}', "not as Keras 3 writes it"),
+        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a", "layers": []}}', "'a' has no layers"),
+    ],
+)  # fmt: skip
+def test_what_python_says_of_a_configuration_is_put_into_words(config, message):
+    parts = parts_of(sequential((4,), DenseMML(3))[1])
+    with pytest.raises(ValueError, match=f"The file cannot be loaded. .*{message}"):
+        runtime.load(rebuilt({**parts, "config.json": config}))
+
+
+@pytest.mark.parametrize("file", [3, None, ["model.keras"]])
+def test_what_is_no_file_is_named(file):
+    with pytest.raises(ValueError, match="Expected a path, the bytes of a file, or an open file. Received: "):
+        runtime.load(file)
+
+
+def test_any_error_while_a_file_is_read_is_a_sentence(monkeypatch):
+    content = sequential((4,), DenseMML(3))[1]
+    for error, message in [(zlib.error("-3"), "damaged or incomplete"), (RuntimeError("encrypted"), "damaged or incomplete"), (EOFError(), "damaged or incomplete")]:
+
+        def read(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=message):
+            patched.setattr(zipfile.ZipFile, "read", read)
+            runtime.load(content)

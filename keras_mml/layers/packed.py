@@ -14,7 +14,7 @@ from keras import ops
 
 from .. import quantizers
 from ..operators import packed_linear
-from ..packing import VECTORS, as_trits, decode_state, encode_state, pack_ternary, packed_shape, unpack_ternary
+from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
 
 # %% ../../nbs/layers/packed.ipynb #7c2c82c3
 class PackableLayer(keras.layers.Layer):
@@ -148,7 +148,7 @@ class PackableLayer(keras.layers.Layer):
 # %% ../../nbs/layers/packed.ipynb #b3e93b5d
 def _sizes(layer):
     vectors = {name: 0 if getattr(layer, name) is None else getattr(layer, name).shape[0] for name in VECTORS[1:]}
-    return {"kernel": layer.kernel_shape, **vectors, "norm": layer.norm, "activation_bits": layer.activation_quantizer.bits}
+    return layer_sizes(layer.kernel_shape, **vectors, norm=layer.norm, activation_bits=layer.activation_quantizer.bits)
 
 def _read(layer, store):
     "The state in a file, checked to fit the layer."
