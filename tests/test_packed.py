@@ -19,7 +19,7 @@ from keras.src import testing
 
 from keras_mml import pack, runtime
 from keras_mml.kernels import ternary_linear
-from keras_mml.layers import Conv2DMML, DenseMML, RMSNorm
+from keras_mml.layers import GRUMML, Conv1DMML, Conv2DMML, DenseMML, RMSNorm
 from keras_mml.operators import linear_on_device, packed_linear
 from keras_mml.packing import decode_state, encode_state, layer_sizes, pack_ternary, unpack_ternary
 from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
@@ -668,3 +668,88 @@ def test_layers_whose_arguments_are_numpy_integers_load_in_keras_and_in_the_runt
     expected = model.predict(x, verbose=0)
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras").predict(x, verbose=0), expected)
     np.testing.assert_allclose(runtime.load(tmp_path / "model.keras")(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def base_model():
+    return keras.Sequential([keras.Input((4, 6)), keras.layers.Dense(8), DenseMML(16), keras.layers.Dropout(0.2), Conv1DMML(5, 3, norm_gain=True)])
+
+
+@pytest.mark.parametrize("how", [{}, dict(training=False)])
+def test_a_packed_model_is_a_frozen_part(how):
+    base = pack(base_model())
+    base.trainable = False
+    before = base.get_weights()
+    inputs = keras.Input((4, 6))
+    head = keras.layers.Dense(2)
+    model = keras.Model(inputs, head(base(inputs, **how)))
+    alone = keras.Sequential([keras.Input((2, 5)), keras.layers.Dense(2)])
+    alone.set_weights(head.get_weights())
+    y = np.random.normal(size=(7, 2, 2)).astype("float32")
+    for trained in (model, alone):
+        trained.compile(keras.optimizers.SGD(0.1), "mse")
+    for layer in base.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0  # so that both see the same
+    model.fit(INPUTS, y, batch_size=7, epochs=3, verbose=0)
+    alone.fit(array(base(INPUTS)), y, batch_size=7, epochs=3, verbose=0)
+    for ours, theirs in zip(head.get_weights(), alone.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(np.array_equal(a, b) for a, b in zip(before, base.get_weights()))
+
+
+def test_dropout_of_a_packed_model_can_stay_on():
+    packed = pack(base_model())
+    first, second, expected = (array(packed(INPUTS, training=training)) for training in (True, True, False))
+    assert np.abs(first - second).max() > 0.01 and np.array_equal(array(packed(INPUTS)), expected)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("layer", [lambda: DenseMML(5), lambda: Conv1DMML(5, 3, padding="same"), lambda: keras.layers.Bidirectional(GRUMML(5))])
+def test_a_gradient_that_is_needed_through_a_packed_layer_is_an_error(layer, eager):
+    def fit(trainable):
+        inputs = keras.Input((4, 6))
+        before = keras.layers.Dense(6)
+        packed = pack(keras.Sequential([keras.Input((4, 6)), layer()]))
+        model = keras.Model(inputs, keras.layers.Dense(2)(packed(before(inputs))))
+        before.trainable = trainable
+        model.compile("sgd", "mse", run_eagerly=eager)
+        model.fit(INPUTS, np.zeros((7, *model.output_shape[1:]), "float32"), verbose=0)
+
+    with pytest.raises(Exception, match="is packed and cannot be trained: a packed layer has no gradient"):
+        fit(trainable=True)
+    if not eager or BACKEND != "tensorflow":  # where the tape computes the gradients of frozen variables, too
+        fit(trainable=False)
+
+
+def test_a_packed_layer_is_never_trainable():
+    packed = pack(base_model())
+    packed.trainable = True
+    assert [w.path.split("/")[-2] for w in packed.trainable_weights] == [packed.layers[0].name] * 2
+    assert not packed.layers[1].trainable and packed.layers[0].trainable
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="transformations of jax")
+def test_gradients_of_jax_beside_a_packed_layer():
+    import jax
+
+    packed = pack(sequential())
+    loss = lambda w, x: (w * packed(x)).sum()
+    w = np.ones(3, "float32")
+    for transform in (lambda f: f, jax.jit, jax.checkpoint):
+        np.testing.assert_allclose(jax.grad(transform(loss))(w, INPUTS), array(packed(INPUTS)).sum(0), rtol=1e-5)
+        with pytest.raises(RuntimeError, match="Layer 'dense_mml.*' is packed and cannot be trained"):
+            jax.grad(transform(loss), argnums=1)(w, INPUTS)
+    unused = lambda w, x: (w.sum(), packed(x))  # as a metric
+    jax.jit(jax.grad(unused, argnums=0, has_aux=True))(w, INPUTS)
+    jax.grad(unused, argnums=1, has_aux=True)(w, INPUTS)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="compiled graphs of torch")
+def test_a_gradient_is_refused_in_a_compiled_graph_of_torch():
+    import torch
+
+    packed = pack(sequential())
+    compiled = torch.compile(lambda x: packed(x), backend="aot_eager")
+    x = torch.tensor(INPUTS, requires_grad=True)
+    with pytest.raises(Exception, match="packed layer has no gradient"):
+        compiled(x).sum().backward()

@@ -138,19 +138,24 @@ class ConvolutionMML(PackableLayer):
 
     def _samples(self, x, geometry, training):
         "The convolution of samples of shape `(batch, *sizes, channels)`, of which each is a row."
-        shape = ops.shape(x)
-        flat = shape[0], math.prod(shape[1:])
-        row = ops.reshape(x, flat)
-        if self.norm == "rms":
-            row = rms_normalize(row)
-            if self.gain is not None:
-                row = ops.reshape(ops.reshape(row, shape) * self.gain, flat)
         if self.packed:
-            self.check_inference(training)
-            q, scale = self.activation_quantizer.quantize(refuse_gradient(row))
-            return self._packed_sums(ops.reshape(q, shape), geometry) * ops.reshape(scale, (-1,) + (1,) * (len(shape) - 1))
-        x = ops.cast(ops.reshape(self.activation_quantizer(row), shape), self.compute_dtype)
+            self.check_fit(training)
+            return refuse_gradient(lambda x: self._packed_samples(x, geometry), x, self.name)
+        x = ops.cast(ops.reshape(self.activation_quantizer(self._rows(x)), ops.shape(x)), self.compute_dtype)
         return self.convolve(x, ops.cast(self.kernel_quantizer(self.kernel), self.compute_dtype), **geometry)
+
+    def _rows(self, x):
+        "Samples as rows, normalised."
+        shape = ops.shape(x)
+        row = ops.reshape(x, (shape[0], math.prod(shape[1:])))
+        if self.norm != "rms":
+            return row
+        row = rms_normalize(row)
+        return row if self.gain is None else ops.reshape(ops.reshape(row, shape) * self.gain, ops.shape(row))
+
+    def _packed_samples(self, x, geometry):
+        q, scale = self.activation_quantizer.quantize(self._rows(x))
+        return self._packed_sums(ops.reshape(q, ops.shape(x)), geometry) * ops.reshape(scale, (-1,) + (1,) * (len(x.shape) - 1))
 
     def _packed_sums(self, q, geometry):
         "The whole numbers, convolved with the packed kernel and multiplied with its scale."

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from .. import quantizers
-from ..operators import packed_linear
+from ..operators import callers, packed_linear
 from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
 
 # %% ../../nbs/layers/packed.ipynb #7c2c82c3
@@ -56,9 +56,20 @@ class PackableLayer(keras.layers.Layer):
         self.kernel_scale = self.add_weight(name="kernel_scale", shape=(units,), dtype="float32", initializer="ones", **fixed)
         self.supports_jit = keras.backend.backend() != "tensorflow"  # there, the kernel is called through Python
 
-    def check_inference(self, training):
-        "Raise a `ValueError` if the layer is called for training, which packed weights cannot."
-        if training:
+    @property
+    def trainable(self):
+        "Whether the layer is trained. While it is packed, it is not, whatever is assigned."
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value and not self.packed)
+
+    def check_fit(self, training):
+        "Raise a `ValueError` in the `fit` of a model of which nothing is trained. Keras would go through all epochs."
+        trainer = f"keras.src.backend.{keras.backend.backend()}.trainer"
+        models = (frame.f_locals.get("self") for frame in callers(trainer)) if training else ()
+        if any(isinstance(model, keras.Model) and not model.trainable_variables for model in models):
             raise ValueError(
                 f"Layer '{self.name}' is packed and cannot be trained: its latent weights are gone. Train the model it was "
                 "packed from, and pack it again."
@@ -66,10 +77,10 @@ class PackableLayer(keras.layers.Layer):
 
     def packed_product(self, inputs, training):
         "The layer's product with its packed kernel, normalisation and bias included, in the compute dtype."
-        self.check_inference(training)
+        self.check_fit(training)
         outputs = packed_linear(
             inputs, self.packed_kernel, self.kernel_scale, self.bias, self.gain, self.kernel_shape[-1],
-            self.norm == "rms", self.activation_quantizer.bits,
+            self.norm == "rms", self.activation_quantizer.bits, self.name,
         )  # fmt: skip
         return outputs if self.compute_dtype == "float32" else ops.cast(outputs, self.compute_dtype)
 
