@@ -790,8 +790,9 @@ def patches(spec):
 
     def call(x):
         n, height, width, channels = x.shape
-        x = as_float(x).reshape(n, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(n, (height // p) * (width // p), p * p * channels)
+        rows, columns = height // p, width // p
+        x = as_float(x)[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, rows * columns, p * p * channels)
 
     return call
 

@@ -424,7 +424,11 @@ def test_generation_step_by_step_equals_the_whole(mixer, packed):
     close(np.concatenate(pieces, axis=1), whole)
 
 
-@pytest.mark.parametrize("options", [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads=1, rotary=True)], ids=str)
+OPTIONS = [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads=1, rotary=True)]
+UNKNOWN = {"sliding_window", "use_gate"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)  # before Keras 3.15 and 3.14
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if not UNKNOWN & set(o)], ids=str)
 def test_softmax_attention_with_a_cache_does_all_that_it_does_without(options):
     x = np.random.default_rng(0).normal(size=(2, 9, 8)).astype("float32")
     visible = np.ones((2, 9), bool)
@@ -630,8 +634,8 @@ def test_twelve_blocks_train():
         (lambda: layers.TokenEmbedding(5, 5, 5, with_positions=True)(keras.Input((6,), dtype="int32")), "Received: 6 tokens"),
         (lambda: layers.PatchEmbedding(0, 5), "Received: num_patches=0"),
         (lambda: layers.PatchEmbedding(4, 5)(np.ones((1, 3, 9))), "made for 4 patches"),
-        (lambda: layers.Patches(3)(np.ones((1, 8, 9, 1))), "Received: patch_size=3 and images of shape (8, 9, 1)"),
-        (lambda: [p(np.ones((1, n, n, 1))) for p in [layers.Patches(4)] for n in (8, 9)], "images of shape (9, 9, 1)"),
+        (lambda: layers.Patches(9)(np.ones((1, 8, 9, 1))), "Received: patch_size=9 and images of shape (8, 9, 1)"),
+        (lambda: [p(np.ones((1, n, n, 1))) for p in [layers.Patches(4)] for n in (8, 3)], "images of shape (3, 3, 1)"),
         (lambda: layers.Patches(-1), "Received: patch_size=-1"),
         (lambda: layers.Conv2DMML(-4, 3), "filters=-4"),
         (lambda: layers.Conv1DMML(4, 0), "kernel_size"),
@@ -650,3 +654,146 @@ def test_bad_arguments_say_what_was_received(make, message):
 
 def test_recurrent_layers_are_linear_recurrences():
     assert issubclass(layers.GRUMML, ScanRNN) and issubclass(layers.LRUMML, ScanRNN) and issubclass(ScanRNN, keras.layers.RNN)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@every_case
+def test_pure_dtypes_are_those_of_keras_dense(case, dtype):
+    "Weights, outputs and what they are declared to be, for calls, symbolic calls, packed layers and a step of training."
+    if BACKEND == "jax" and dtype == "float16" and (case.cls is MultiHeadAttentionMML or case.arguments.get("mixer") == "softmax"):
+        pytest.skip("jax has no attention in float16 on a CPU")
+    expected = keras.layers.Dense(2, dtype=dtype)(np.ones((2, 3), "float32")).dtype  # float64 is float32 on jax unless it is told otherwise
+    layer, x = case.make(dtype=dtype), case.data(rows=4)
+    y = case.apply(layer, x)
+    assert y.dtype == expected and np.isfinite(array(y)).all()
+    assert case.apply(layer, case.input()).dtype == dtype
+    assert all(w.dtype == dtype for w in layer.trainable_weights)
+    if hasattr(layer, "packed") and case.arguments.get("use_mml", True):
+        packed = case.apply(pack(layer), x)
+        assert packed.dtype == expected and np.abs(array(packed) - array(y)).max() < 0.1 * np.abs(array(y)).max()
+    if BACKEND == "tensorflow" and case.arguments.get("groups", 1) > 1:
+        return  # it has no gradient of grouped convolutions on a CPU without XLA
+    model = case.model(dtype=dtype)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    assert np.isfinite(model.train_on_batch(x, np.ones((4, 2), "float32"))) and np.isfinite(array(model(x))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_radii_near_one_start_finite_in_half_precision(dtype):
+    cell = layers.LRUCellMML(2, 2000, r_min=0.999, r_max=1, dtype=dtype)
+    cell.build((None, 8))
+    for weight in (cell.nu_log, cell.theta_log, cell.gamma_log):
+        assert weight.dtype == dtype and np.isfinite(array(weight)).all()
+
+
+NO_KERNEL = dict(recurrent_initializer="orthogonal", recurrent_regularizer="l2", recurrent_constraint="non_neg", recurrent_dropout=0.1,
+                 reset_after=False, use_cudnn="auto")  # fmt: skip
+OF_GRU = dict(activation="relu", recurrent_activation="hard_sigmoid", use_bias=False, kernel_initializer="he_normal", bias_initializer="ones",
+              kernel_regularizer="l2", bias_regularizer="l1", activity_regularizer="l2", kernel_constraint="non_neg",
+              bias_constraint="unit_norm", dropout=0.25, seed=3, return_sequences=True, return_state=True, go_backwards=True, stateful=True,
+              unroll=True)  # fmt: skip
+
+
+def test_gru_takes_every_argument_of_its_namesake():
+    "Each is in the configuration, or ignored with a warning of its own that names it."
+    theirs = set(inspect.signature(keras.layers.GRU.__init__).parameters) - {"self", "kwargs", "units"}
+    assert theirs == set(OF_GRU) | set(NO_KERNEL)
+    with pytest.warns(UserWarning) as warned:
+        layer = layers.GRUMML(4, **OF_GRU, **NO_KERNEL)
+    assert sorted(str(w.message).split("`")[1] for w in warned) == sorted(NO_KERNEL)
+    config = json.loads(json.dumps(layer.get_config()))
+    expected = keras.layers.GRU(4, **OF_GRU).get_config()
+    for name in OF_GRU:
+        assert config[name.replace("kernel_", "weights_")] == expected[name], name
+    assert layers.GRUMML.from_config(config).get_config() == layer.get_config()
+    assert type(layer.weights_initializer) is type(layer.cell.input_map.kernel_initializer) is keras.initializers.HeNormal
+
+
+@pytest.mark.filterwarnings("error")
+def test_arguments_that_ask_for_nothing_are_not_warned_of():
+    layers.GRUMML(4, recurrent_regularizer=None, recurrent_dropout=0.0)
+    with pytest.raises(ValueError, match="dropout=1.5"):
+        layers.GRUMML(4, dropout=1.5)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("make", RECURRENT)
+def test_dropout_drops_the_same_features_at_all_steps(make, unroll):
+    layer = make(dropout=0.5, seed=1, unroll=unroll, return_sequences=True, norm=None)
+    x = np.ones((64, 3, 4), "float32")
+    np.testing.assert_array_equal(array(layer(x)), array(layer(x)))
+    seen, recurrence = [], layer.cell.recurrence
+    layer.cell.recurrence = lambda inputs: seen.append(array(inputs)) or recurrence(inputs)
+    y = array(layer(x, training=True))
+    assert np.abs(y - array(layer(x))).max() > 1e-3
+    seen = np.stack(seen[:3], axis=1) if unroll else seen[0]
+    assert set(np.unique(seen)) == {0.0, 2.0} and abs((seen == 0).mean() - 0.5) < 0.15
+    np.testing.assert_array_equal(seen, np.repeat(seen[:, :1], 3, axis=1))
+    del layer.cell.recurrence
+    model = keras.Sequential([keras.Input((3, 4)), make(dropout=0.5)])
+    model.compile("sgd", "mse")
+    assert np.isfinite(model.train_on_batch(x, np.zeros((64, 6), "float32")))
+
+
+@pytest.mark.parametrize("make", RECURRENT)
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_list_of_one_mask_is_that_mask(make, unroll):
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+    mask = ops.convert_to_tensor(np.array([[True, True, False, True, False], [False, True, True, True, True]]))
+    layer = make(unroll=unroll)
+    np.testing.assert_array_equal(array(layer(x, mask=[mask])), array(layer(x, mask=mask)))
+    assert np.abs(array(layer(x, mask=mask)) - array(layer(x))).max() > 1e-3
+    np.testing.assert_array_equal(array(layer(x, mask=[None])), array(layer(x)))
+
+
+def test_recurrent_layers_show_what_their_cells_were_made_with():
+    gru, lru = layers.GRUMML(6, num_heads=2, activation="relu", forget_lower_bound=0.5), layers.LRUMML(5, 7, r_max=0.9)
+    assert (gru.units, gru.num_heads, gru.activation, gru.forget_lower_bound) == (6, 2, keras.activations.relu, 0.5)
+    assert (lru.units, lru.state_dim, lru.r_max, lru.use_bias) == (5, 7, 0.9, False)
+
+
+@pytest.mark.parametrize("cls", [layers.GLUMML, layers.SwiGLUMML])
+def test_gated_units_say_how_wide_they_are(cls):
+    layer = cls(3, hidden_ratio=2)
+    config = layer.get_config()
+    assert layer.intermediate_size is None
+    layer.build((None, 200))
+    assert layer.intermediate_size == 512 == layer.down.kernel.shape[0]
+    assert layer.get_config() == config and cls.from_config(config).get_config() == config
+    fixed = cls(3, intermediate_size=7)
+    fixed.build((None, 200))
+    assert fixed.intermediate_size == fixed.get_config()["intermediate_size"] == 7
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 11), (11, 9)])
+def test_patches_are_those_of_keras(size):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
+    expected = array(ops.image.extract_patches(x, 4, padding="valid", data_format="channels_last")).reshape(2, -1, 48)
+    layer = layers.Patches(4)
+    np.testing.assert_array_equal(array(layer(x)), expected)
+    assert layer.compute_output_shape(x.shape) == layer(keras.Input((*size, 3), batch_size=2)).shape == expected.shape
+
+
+OF_NAMESAKES = [(DenseMML, keras.layers.Dense, dict(units=4)), (layers.Conv1DMML, keras.layers.Conv1D, dict(filters=4, kernel_size=3)),
+                (layers.Conv2DMML, keras.layers.Conv2D, dict(filters=4, kernel_size=3)),
+                (layers.DepthwiseConv2DMML, keras.layers.DepthwiseConv2D, dict(kernel_size=3)),
+                (MultiHeadAttentionMML, keras.layers.MultiHeadAttention, dict(num_heads=2, key_dim=4))]  # fmt: skip
+OTHER_VALUES = dict(activation="relu", use_bias=False, padding="same", strides=2, groups=2, depth_multiplier=2, data_format="channels_first",
+                    dilation_rate=1, value_dim=6, dropout=0.1, output_shape=5, attention_axes=(1,), flash_attention=False, seed=3, sliding_window=2,
+                    use_gate=True, lora_rank=2, lora_alpha=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("ours, theirs, needed", OF_NAMESAKES)
+def test_every_argument_of_a_namesake_is_taken_or_refused_by_name(ours, theirs, needed):
+    other = {"initializer": "he_normal", "regularizer": "l2", "constraint": "non_neg"}
+    for name in set(inspect.signature(theirs.__init__).parameters) - {"self", "kwargs", *needed}:
+        value = other.get(name.split("_")[-1], OTHER_VALUES.get(name))
+        arguments = {**needed, name: value}
+        if name.startswith("lora") or name == "quantization_config":  # other ways to compress a layer
+            with pytest.raises(ValueError, match=f"Unrecognized keyword arguments passed to {ours.__name__}: .*{name}"):
+                ours(**arguments)
+            continue
+        config = ours(**arguments).get_config()
+        assert config.get(name) == theirs(**arguments).get_config().get(name), name  # Keras leaves out `flash_attention`
+        config = json.loads(json.dumps(config))
+        assert json.loads(json.dumps(ours.from_config(config).get_config())) == config

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -390,3 +391,29 @@ def test_keras_post_training_quantization_leaves_the_layer_alone():
     assert model.layers[1].dtype_policy.name == "int8_from_float32"
     assert model.layers[0].dtype_policy.name == "float32"
     np.testing.assert_array_equal(ops.convert_to_numpy(model.layers[0](x)), before)
+
+
+def test_one_feature_whose_size_is_divided_away_is_warned_of():
+    for norm, inputs in [("rms", 1), (None, 1), ("rms", 2)]:
+        layer = DenseMML(1, norm=norm, kernel_initializer="ones")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            layer.build((None, inputs))
+        messages = [str(w.message) for w in warned]
+        assert bool(messages) == (norm == "rms" and inputs == 1)
+        assert all("leaves only its sign. Use `norm=None`" in m for m in messages)
+    x = np.array([[0.5], [-3.0]], "float32")
+    np.testing.assert_allclose(ops.convert_to_numpy(DenseMML(1, norm="rms", kernel_initializer="ones")(x)), np.sign(x), rtol=1e-4)
+    np.testing.assert_allclose(ops.convert_to_numpy(DenseMML(1, norm=None, kernel_initializer="ones")(x)), x, rtol=1e-6)
+
+
+def test_rms_norm_of_a_vector_and_its_scale():
+    x = np.array([3.0, -4.0], "float32")
+    layer = RMSNorm(gain_initializer=keras.initializers.Constant(2), bias_initializer="ones", use_bias=True)
+    assert layer.scale is None
+    y = ops.convert_to_numpy(layer(x))
+    np.testing.assert_allclose(y, 2 * x / np.sqrt(12.5) + 1, rtol=1e-5)
+    assert layer.scale == pytest.approx(2**0.5)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x[None]))[0], y, rtol=1e-6)
+    with pytest.raises(ValueError, match="min_ndim=1"):
+        layer(np.float32(3))

@@ -134,7 +134,8 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         max_wavelength: positive number, the slowest of these turns, in places per radian.
         fully_mml: whether the output projection is ternary, too.
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits` of `DenseMML`, and all other arguments of
-            `keras.layers.MultiHeadAttention`, with its defaults: `dropout`, `use_bias`, `output_shape`, `sliding_window` and so on.
+            `keras.layers.MultiHeadAttention`, with its defaults: `dropout`, `use_bias`, `output_shape`, and, where the installed Keras
+            has them, `sliding_window` and `use_gate`.
 
     Call arguments:
         query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask: as in
@@ -183,6 +184,8 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         self.rotary = rotary
         self.max_wavelength = max_wavelength
         self.fully_mml = fully_mml
+        self.use_gate = kwargs.get("use_gate", False)            # since Keras 3.14
+        self.sliding_window = kwargs.get("sliding_window", None)  # since Keras 3.15
 
     def build(self, query_shape, value_shape, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
@@ -195,7 +198,7 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         self._key_dense = self.projection(groups * self.key_dim, name="key", **weights)
         self._value_dense = self.projection(groups * self.value_dim, name="value", **weights)
         self._query_dense.build(query_shape), self._key_dense.build(key_shape), self._value_dense.build(value_shape)
-        if getattr(self, "_use_gate", False):
+        if self.use_gate:
             self._gate_dense = self.projection(width, activation="sigmoid", name="gate", **weights)
             self._gate_dense.build(query_shape)
         self._build_attention(len(value_shape) + 1)
@@ -226,13 +229,14 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         return_attention_scores=False, training=None, use_causal_mask=False, cache=None,
     ):  # fmt: skip
         if cache is None:
-            return super().call(
+            outputs = super().call(
                 query, value, key, query_mask, value_mask, key_mask, attention_mask, return_attention_scores, training, use_causal_mask
             )
+            return keras.tree.map_structure(self._in_compute_dtype, outputs)
         self._check_one_axis(query.shape, "A cache")
         if attention_mask is not None or return_attention_scores:
             raise ValueError(f"With a cache, layer '{self.name}' takes no `attention_mask` and returns no scores.")
-        gate = self._gate_dense(query) if self._use_gate else 1
+        gate = self._gate_dense(query) if self.use_gate else 1
         start, count = ops.shape(cache["keys"])[1], ops.shape(query)[1]
         visible = ops.ones(ops.shape(value)[:2], dtype="bool")
         for mask in (value_mask, key_mask):
@@ -244,9 +248,12 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         new = dict(keys=key, values=value, visible=visible)
         cache = {name: ops.concatenate([cache[name], part], axis=1) for name, part in new.items()}
         ago = ops.arange(start, start + count)[:, None] - ops.arange(start + count)  # how long before each query a key was
-        seen = (ago >= 0) if self._sliding_window is None else (ago >= 0) & (ago < self._sliding_window)
+        seen = (ago >= 0) if self.sliding_window is None else (ago >= 0) & (ago < self.sliding_window)
         outputs, _ = self._attend(query, cache["keys"], cache["values"], seen & cache["visible"][:, None], training)
-        return self._output_dense(outputs * gate), cache
+        return self._in_compute_dtype(self._output_dense(outputs * gate)), cache
+
+    def _in_compute_dtype(self, x):
+        return ops.cast(x, self.compute_dtype)  # on torch, Keras' `Dense` without a bias makes float32 of float64
 
     def _check_one_axis(self, shape, what):
         if len(shape) != 3:

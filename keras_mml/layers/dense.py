@@ -6,6 +6,8 @@
 __all__ = ['quantized_matmul', 'DenseMML', 'kernel_quantizer_for', 'activation_quantizer_for']
 
 # %% ../../nbs/layers/dense.ipynb #27147259
+import warnings
+
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
@@ -23,7 +25,8 @@ def quantized_matmul(
     dtype,                 # the dtype to multiply in, such as "float32" or "bfloat16"
 ):                         # `x @ kernel` of the quantised values, shape `(..., units)`, in `dtype`
     "Quantise both factors, straight-through, and multiply."
-    return ops.matmul(ops.cast(activation_quantizer(x), dtype), ops.cast(kernel_quantizer(kernel), dtype))
+    product = ops.matmul(ops.cast(activation_quantizer(x), dtype), ops.cast(kernel_quantizer(kernel), dtype))
+    return ops.cast(product, dtype)  # on torch, Keras' product of two float64 is float32
 
 # %% ../../nbs/layers/dense.ipynb #180b371f
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -41,7 +44,8 @@ class DenseMML(PackableLayer):
         kernel_regularizer, bias_regularizer: losses on the latent kernel and on the bias.
         activity_regularizer: loss on the outputs.
         kernel_constraint, bias_constraint: projections of the latent kernel and of the bias after each update.
-        norm: `"rms"` to divide each input row by its root mean square first, or `None`.
+        norm: `"rms"` to divide each input row by its root mean square first, or `None`. Of a row of one feature, only the sign would be
+            left, and the layer warns of it: use `norm=None` there.
         norm_gain: whether that normalisation learns a gain of shape `(input_dim,)`.
         scale: `"tensor"` for one scale for the kernel, `"channel"` for one per output unit, or a quantizer for the
             kernel: an object, or the name `"absmean"` or `"absmean_channel"`.
@@ -122,6 +126,11 @@ class DenseMML(PackableLayer):
 
     def build(self, input_shape):
         input_dim = defined_last_dimension(self, input_shape)
+        if input_dim == 1 and self.norm == "rms" and not self.packed:
+            warnings.warn(
+                f"Layer '{self.name}' has one input feature, and `norm=\"rms\"` divides it by its own size, which leaves only its sign. "
+                f"Use `norm=None`. Received: input_shape={tuple(input_shape)}", stacklevel=2,
+            )  # fmt: skip
         self.add_kernel(
             (input_dim, self.units),
             initializer=self.kernel_initializer,

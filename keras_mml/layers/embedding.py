@@ -105,13 +105,14 @@ class Patches(keras.layers.Layer):
         **kwargs: the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, height, width, channels)`; `patch_size` must divide height and width, which must be defined.
+        `(batch, height, width, channels)`. Height and width must be defined. Where `patch_size` does not divide them, the rows below the last
+            full patch and the columns to the right of it are left out, as `keras.ops.image.extract_patches` does.
 
     Output shape:
         `(batch, height // patch_size * width // patch_size, patch_size**2 * channels)`, in the compute dtype of the layer.
 
     Raises:
-        ValueError: for an invalid argument, and for images that the patches do not fill.
+        ValueError: for an invalid argument, and for images of undefined size or smaller than a patch.
 
     Example:
 
@@ -131,16 +132,17 @@ class Patches(keras.layers.Layer):
 
     def call(self, inputs):
         p, (_, height, width, channels) = self.patch_size, inputs.shape
-        _, *patches = self.compute_output_shape(inputs.shape)  # raises an error if the images do not fit
-        x = ops.reshape(ops.cast(inputs, self.compute_dtype), (-1, height // p, p, width // p, p, channels))
+        _, *patches = self.compute_output_shape(inputs.shape)  # raises an error if the images are too small
+        x = ops.cast(inputs, self.compute_dtype)[:, : height // p * p, : width // p * p]
+        x = ops.reshape(x, (-1, height // p, p, width // p, p, channels))
         return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, *patches))
 
     def compute_output_shape(self, input_shape):
         batch, height, width, channels = input_shape
-        if None in input_shape[1:] or height % self.patch_size or width % self.patch_size:
+        if None in input_shape[1:] or min(height, width) < self.patch_size:
             raise ValueError(
-                f"`patch_size` must divide the height and the width of the images. Received: patch_size={self.patch_size} and images of "
-                f"shape {tuple(input_shape[1:])}"
+                f"Layer '{self.name}' needs images of a defined size, from that of a patch up. Received: patch_size={self.patch_size} and "
+                f"images of shape {tuple(input_shape[1:])}"
             )
         return batch, (height // self.patch_size) * (width // self.patch_size), self.patch_size**2 * channels
 

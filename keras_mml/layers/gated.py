@@ -31,7 +31,8 @@ class GLUMML(Composed, keras.layers.Layer):
         units: positive integer, the number of outputs.
         hidden_ratio: positive number; without `intermediate_size`, the intermediate size is
             `input_dim * hidden_ratio * 2 / 3`, rounded up to a multiple of 256.
-        intermediate_size: positive integer, the size between the projections, or `None`.
+        intermediate_size: positive integer, the size between the projections, or `None`. The attribute of this name is, once the layer
+            is built, the size that it has.
         activation: the function of the gate, by name or callable.
         use_bias: whether the projections add learned biases.
         kernel_initializer, bias_initializer: how the latent kernels, of shapes `(input_dim, 2 * intermediate_size)` and
@@ -88,6 +89,7 @@ class GLUMML(Composed, keras.layers.Layer):
         self.units = units
         self.hidden_ratio = hidden_ratio
         self.intermediate_size = intermediate_size
+        self.requested_size = intermediate_size
         self.activation = activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = initializers.get(kernel_initializer)
@@ -101,16 +103,16 @@ class GLUMML(Composed, keras.layers.Layer):
 
     def build(self, input_shape):
         input_dim = defined_last_dimension(self, input_shape)
-        size = self.intermediate_size or default_intermediate_size(input_dim, self.hidden_ratio)
+        self.intermediate_size = self.requested_size or default_intermediate_size(input_dim, self.hidden_ratio)
         weights = dict(
             use_bias=self.use_bias, kernel_initializer=self.kernel_initializer, bias_initializer=self.bias_initializer,
             kernel_regularizer=self.kernel_regularizer, bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint, bias_constraint=self.bias_constraint,
         )  # fmt: skip
-        self.gate_and_up = self.projection(2 * size, name="gate_and_up", **weights)
+        self.gate_and_up = self.projection(2 * self.intermediate_size, name="gate_and_up", **weights)
         self.gate_and_up.build(input_shape)
         self.down = self.projection(self.units, name="down", **weights)
-        self.down.build((*input_shape[:-1], size))
+        self.down.build((*input_shape[:-1], self.intermediate_size))
 
     def call(self, inputs):
         gate, up = ops.split(self.gate_and_up(inputs), 2, axis=-1)
@@ -124,7 +126,7 @@ class GLUMML(Composed, keras.layers.Layer):
             **super().get_config(),
             "units": self.units,
             "hidden_ratio": self.hidden_ratio,
-            "intermediate_size": self.intermediate_size,
+            "intermediate_size": self.requested_size,
             "activation": activations.serialize(self.activation),
             "use_bias": self.use_bias,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),

@@ -33,8 +33,11 @@ class RMSNorm(keras.layers.Layer):
         bias_initializer, bias_regularizer, bias_constraint: of the bias, a weight of shape `(dim,)`.
         **kwargs: `name`, `dtype`, `trainable` and the other arguments of `keras.layers.Layer`.
 
+    Attributes:
+        scale: the square root of `dim`, by which a row of length 1 is multiplied; `None` before the layer is built.
+
     Input shape:
-        `(batch, ..., dim)`, of any rank from 2 up. Integers are accepted and treated as floats.
+        `(batch, ..., dim)`, of any rank, a single vector `(dim,)` included. Integers are accepted and treated as floats.
 
     Output shape:
         The input's, in the compute dtype of the layer. Masks pass through.
@@ -60,10 +63,10 @@ class RMSNorm(keras.layers.Layer):
         has_learnable_weights=True,
         use_bias=False,
         gain_initializer="ones",
-        gain_regularizer=None,
-        gain_constraint=None,
         bias_initializer="zeros",
+        gain_regularizer=None,
         bias_regularizer=None,
+        gain_constraint=None,
         bias_constraint=None,
         **kwargs,
     ):
@@ -83,11 +86,13 @@ class RMSNorm(keras.layers.Layer):
         self.bias_constraint = constraints.get(bias_constraint)
         self.gain = None
         self.bias = None
-        self.input_spec = keras.layers.InputSpec(min_ndim=2)
+        self.scale = None
+        self.input_spec = keras.layers.InputSpec(min_ndim=1)
         self.supports_masking = True
 
     def build(self, input_shape):
         dim = defined_last_dimension(self, input_shape)
+        self.scale = dim**0.5
         if self.has_learnable_weights:
             self.gain = self.add_weight(
                 name="gain",
@@ -106,7 +111,7 @@ class RMSNorm(keras.layers.Layer):
                 constraint=self.bias_constraint,
                 autocast=False,
             )
-        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: dim})
+        self.input_spec = keras.layers.InputSpec(min_ndim=1, axes={-1: dim})
 
     def call(self, inputs):
         outputs = rms_normalize(inputs, self.gain)
