@@ -80,7 +80,7 @@ def fit_scale(
 
 # %% ../nbs/conversion.ipynb #4f0a3b6d
 ATTENTION = ("query", "key", "value", "gate", "output")
-ADAPTED = ("quantization_config", "lora_rank", "lora_alpha")  # the kernel of a layer with LoRA is the whole one
+ADAPTED = ("quantization_config", "lora_rank", "lora_alpha")  # not for a twin: the kernel of a layer with LoRA is the whole one
 
 def _arguments(layer, *without):
     "What the layer was made with. An activation that is a layer is copied with its weights."
@@ -428,7 +428,7 @@ def to_dense(
         if not isinstance(layer, layers.Layer) or is_graph(layer) or type(layer) is layers.TimeDistributed:
             return  # an operation, such as `x + y`; or its layers come here themselves
         if any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers()):
-            raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers. Received: {type(layer).__name__}")
+            raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers, and is not taken apart. Received: {type(layer).__name__}")
 
     copy = copy_of(model, replace)
     if compiled := _compile_arguments(model):

@@ -179,5 +179,4 @@ def _build_like(old, new):
     if old.built and not new.built:
         if isinstance(old, keras.Model) or type(old).build is not layers.Layer.build:
             new.build_from_config(old.get_build_config())
-        else:
-            new.built = True  # nothing of its own to build
+        new.built = True
