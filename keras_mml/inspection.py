@@ -27,7 +27,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from .conversion import _compile_arguments, _copy, _packable_layers, pack
+from .conversion import _compile_arguments, _packable_layers, pack
+from .copies import copy_of
 from .layers.attention import AttentionMML, MultiHeadAttentionMML
 from .layers.convolution import ConvolutionMML
 from .layers.dense import DenseMML
@@ -596,7 +597,7 @@ def _packed_copy(model):
     "A copy with packed layers if there are any, compiled as the model is, but with a new optimizer."
     if any(not layer.packed for layer in _packable_layers(model)):
         return pack(model)
-    copy, compiled = _copy(model), _compile_arguments(model)
+    copy, compiled = copy_of(model), _compile_arguments(model)
     if compiled:
         copy.compile(**compiled)
     return copy

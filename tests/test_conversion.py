@@ -1,5 +1,7 @@
 """From float models to ternary ones and back: what is converted, with which weights, and what stays as it was."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -415,3 +417,265 @@ def test_standard_layers_of_shared_frozen_and_many_ended_models(capsys):
     heads = keras.Model(inputs, {"a": layers.Dense(2)(h), "b": layers.Dense(3)(h)})
     to_dense(heads, quantize_inputs=True, sample=normal(3, 4))
     assert "largest difference of the outputs" in capsys.readouterr().out
+
+
+copied = pytest.mark.parametrize("copied", [lambda m: ternarize(m, verbose=False), pack, to_dense], ids=["ternarize", "pack", "to_dense"])
+
+
+def hidden(copied, **arguments):
+    "A layer that the conversion is about."
+    return layers.Dense(8, **arguments) if copied not in (pack, to_dense) else matmul_free.DenseMML(8, norm=None, **arguments)
+
+
+@copied
+def test_what_normalizations_have_adapted_to_is_copied(copied):
+    x = 5 + 3 * normal(20, 6)
+    normalization = layers.Normalization()
+    normalization.adapt(x)
+    model = keras.Sequential([keras.Input((6,)), normalization, hidden(copied), layers.Dense(2)])
+    copy = copied(model)
+    np.testing.assert_array_equal(array(copy.layers[0](x)), array(normalization(x)))
+    normalization.adapt(x + 100)
+    assert abs(array(copy.layers[0](x)).mean()) < 0.1
+
+
+@copied
+@pytest.mark.parametrize("lookup", [layers.IntegerLookup, layers.TextVectorization])
+def test_weighted_vocabularies_are_copied(copied, lookup):
+    pytest.importorskip("tensorflow", reason="vocabularies are tables of tensorflow")
+    words = np.array([["7"], ["7"], ["8"]]) if lookup is layers.TextVectorization else np.array([[7], [7], [8]])
+    lookup = lookup(output_mode="tf_idf")
+    lookup.adapt(words)
+    model = keras.Sequential([keras.Input((1,), dtype=words.dtype.kind == "U" and "string" or "int64"), lookup, hidden(copied), layers.Dense(2)])
+    copy = copied(model)
+    assert copy.layers[0].get_vocabulary() == lookup.get_vocabulary()
+    np.testing.assert_array_equal(array(copy.layers[0](words)), array(lookup(words)))
+    assert array(lookup(words)).max() > 0.1
+
+
+class Counter(layers.Layer):
+    "It keeps, beside a weight, a number that is no variable."
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = 0
+        self.factor = None
+
+    def build(self, input_shape):
+        self.factor = self.add_weight(name="factor", shape=(), initializer="ones")
+
+    def call(self, x):
+        return x * self.factor
+
+    def save_own_variables(self, store):
+        store["factor"], store["calls"] = self.factor, self.calls
+
+    def load_own_variables(self, store):
+        self.factor.assign(store["factor"])
+        self.calls = int(np.asarray(store["calls"]))
+
+
+class Outer(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = [Counter(), layers.BatchNormalization()]
+        self.average = keras.metrics.Mean()
+
+    def call(self, x):
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+@copied
+def test_layers_are_copied_by_their_own_hooks(copied):
+    outer = Outer()
+    model = keras.Sequential([keras.Input((6,)), outer, hidden(copied), layers.Dense(2)])
+    outer.inner[0].calls = 17
+    outer.inner[0].factor.assign(3.0)
+    outer.inner[1].moving_mean.assign(np.arange(6.0))
+    outer.average.update_state([2.0, 4.0])
+    copy = copied(model).layers[0]
+    outer.inner[0].factor.assign(5.0)
+    assert copy.inner[0].calls == 17 and array(copy.inner[0].factor) == 3 and array(copy.average.result()) == 3
+    np.testing.assert_array_equal(array(copy.inner[1].moving_mean), np.arange(6))
+
+
+@copied
+def test_quantised_and_adapted_layers_that_stay_are_copied(copied):
+    model = keras.Sequential([keras.Input((6,)), layers.Embedding(9, 4), layers.Flatten(), hidden(copied), layers.Dense(4), layers.Dense(2)])
+    model.layers[0].quantize("int8")
+    model.layers[3].quantize("int4")
+    model.layers[4].enable_lora(2)
+    model.layers[4].lora_kernel_b.assign(normal(2, 2))
+    copy = copied(model)
+    x = np.arange(12).reshape(2, 6) % 9
+    np.testing.assert_array_equal(array(copy.layers[0](x)), array(model.layers[0](x)))
+    assert copy.layers[0].quantization_mode == "int8" and copied not in (pack, to_dense) or copy.layers[3].quantization_mode == "int4"
+    h = normal(3, 4)
+    np.testing.assert_array_equal(array(copy.layers[4](h)), array(model.layers[4](h)))
+    np.testing.assert_array_equal(array(copy.layers[4].lora_kernel_b), array(model.layers[4].lora_kernel_b))  # and trains on from there
+
+
+def test_a_copy_of_a_copy_shares_no_memory():
+    from keras_mml.copies import copy_of
+
+    model = mlp()
+    copy = copy_of(model)
+    before = array(copy.layers[0].kernel)
+    model.compile("sgd", "mse")
+    model.fit(normal(8, 12), normal(8, 3), verbose=0)
+    np.testing.assert_array_equal(array(copy.layers[0].kernel), before)
+    copy.compile("sgd", "mse")
+    copy.fit(normal(8, 12), normal(8, 3), verbose=0)
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    frozen = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2)])
+    frozen.trainable, inner.layers[0].trainable = False, True
+    assert [copy_of(frozen).trainable, copy_of(frozen).layers[0].layers[0].trainable] == [False, True]
+    inputs = keras.Input((4,))
+    functional = keras.Model(inputs, layers.Dense(2)(inputs))
+    functional.trainable = False
+    assert not copy_of(functional).trainable
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(norm=None), dict(norm_gain=True)], ids=["rms", "none", "gain"])
+def test_what_time_distributed_holds_becomes_standard(options, packed):
+    model = graph(layers.TimeDistributed(matmul_free.DenseMML(8, **options)), layers.TimeDistributed(layers.Dense(2)), shape=(5, 12))
+    model = pack(model) if packed else model
+    x = normal(3, 5, 12)
+    rounded, dense = to_dense(model, quantize_inputs=True), to_dense(model)
+    np.testing.assert_allclose(array(rounded(x)), array(model(x)), atol=1e-5)
+    assert np.abs(array(dense(x)) - array(model(x))).max() < 0.05 * np.abs(array(model(x))).max()
+
+
+def test_what_time_distributed_holds_becomes_ternary():
+    model = graph(
+        layers.TimeDistributed(layers.DepthwiseConv2D(3)),
+        layers.TimeDistributed(layers.Reshape((3, 9))),
+        layers.TimeDistributed(layers.GRU(8)),
+        layers.TimeDistributed(layers.Dense(6)),
+        layers.Dense(2),
+        shape=(4, 5, 5, 3),
+    )
+    ternary = ternarize(model, recurrent=True, norm="rms", norm_gain=True, verbose=False)
+    inside = [layer.layer for layer in ternary.layers[:-1]]
+    assert [type(layer).__name__ for layer in inside] == ["DepthwiseConv2DMML", "Reshape", "GRUMML", "DenseMML"]
+    assert inside[0].gain is not None and tuple(ternary(normal(2, 4, 5, 5, 3)).shape) == (2, 4, 2)
+    trits, _ = AbsmeanTernary().quantize(inside[3].kernel)
+    np.testing.assert_array_equal(array(trits), array(AbsmeanTernary().quantize(model.layers[3].layer.kernel)[0]))
+
+
+class Twice(layers.Wrapper):
+    def call(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_other_wrappers_are_copied_and_not_taken_apart():
+    inside, x = matmul_free.DenseMML(6), normal(3, 4, 6)
+    model = graph(inside, Twice(inside, name="twice"), layers.Bidirectional(matmul_free.GRUMML(4), name="both"))
+    packed = pack(model)
+    assert packed.layers[1].layer is packed.layers[0]
+    np.testing.assert_allclose(array(packed(x)), array(model(x)), atol=1e-5)
+    floats = graph(Twice(layers.Dense(6), name="twice"), layers.Bidirectional(layers.GRU(4), name="both"), layers.Dense(3), layers.Dense(2))
+    ternary = ternarize(floats, recurrent=True, verbose=False)
+    assert [type(layer) for layer in ternary.layers] == [Twice, layers.Bidirectional, matmul_free.DenseMML, layers.Dense]
+    assert {row.reason.split("and ")[-1] for row in conversion_plan(floats)[:3]} == {"Twice is not taken apart", "Bidirectional is not taken apart"}
+    for model in (graph(Twice(matmul_free.DenseMML(6))), graph(layers.Bidirectional(matmul_free.GRUMML(4)), matmul_free.DenseMML(2))):
+        with pytest.raises(ValueError, match="no namesake among Keras' layers, and is not taken apart"):
+            to_dense(model)
+
+
+@copied
+def test_activations_initializers_regularizers_and_constraints_need_no_file(copied):
+    class Own(keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint):
+        def __init__(self, argument):
+            self.argument = argument
+
+        def __call__(self, x, dtype=None):
+            return x if ops.is_tensor(x) else ops.ones(x, dtype)
+
+    def relu(x):
+        return 3 * x  # and not that of Keras
+
+    source = "lambda x: x * x"  # of which Python finds no text
+    for activation in (relu, eval(source), functools.partial(ops.multiply, 2.0)):
+        own = [Own(i) for i in range(3)]
+        arguments = dict(kernel_initializer=own[0], kernel_constraint=own[1], bias_constraint=lambda w: w, kernel_regularizer=lambda w: 0 * ops.sum(w))
+        layer = hidden(copied, activation=activation, bias_regularizer=own[2], **arguments)
+        model = keras.Sequential([keras.Input((6,)), layer, layers.Dense(2)])
+        copies = [copied(model).layers[0], *([layer.pack()] if copied is pack else [])]
+        for copy in copies:
+            assert copy.activation is activation and layer.activation is activation
+            assert all(getattr(copy, name) is value for name, value in arguments.items()) and copy.bias_regularizer is own[2]
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv", "depthwise", "recurrent"])
+def test_activations_with_weights_are_copied(kind):
+    make, shape = {
+        "dense": (lambda **k: matmul_free.DenseMML(8, **k), (5, 6)),
+        "conv": (lambda **k: matmul_free.Conv2DMML(8, 2, **k), (5, 6, 3)),
+        "depthwise": (lambda **k: matmul_free.DepthwiseConv2DMML(2, **k), (5, 6, 3)),
+        "recurrent": (lambda **k: matmul_free.GRUMML(8, **k), (5, 6)),
+    }[kind]
+    layer, x = make(activation=layers.PReLU(shared_axes=list(range(1, len(shape))))), normal(3, *shape)
+    model = keras.Sequential([keras.Input(shape), layer])
+    model(x)
+    (alpha,) = (w for w in model.weights if w.name == "alpha")
+    alpha.assign(ops.full(alpha.shape, 0.5))
+    copies = [pack(model), pack(layer)]
+    if kind != "recurrent":
+        copies += [layer.pack(), to_dense(model), to_dense(pack(model), quantize_inputs=True)]
+    for copy in copies:
+        copy(x)
+        assert [array(w).min() for w in copy.weights if w.name == "alpha"] == [0.5]
+    np.testing.assert_allclose(array(copies[-1](x)), array(model(x)), atol=1e-5)
+
+
+def test_the_plan_says_what_is_lost(capsys):
+    gru = layers.GRU(
+        8, kernel_regularizer="l2", bias_constraint="non_neg", recurrent_regularizer="l1", dropout=0.1, recurrent_constraint="max_norm", name="gru"
+    )  # fmt: skip
+    model = graph(gru, layers.Dense(2))
+    twin = ternarize(model, recurrent=True).layers[0]
+    assert "gru (GRU): → GRUMML, without its recurrent_regularizer, recurrent_constraint, dropout\n" in capsys.readouterr().out
+    assert isinstance(twin.cell.input_map.kernel_regularizer, keras.regularizers.L2)
+    assert isinstance(twin.cell.input_map.bias_constraint, keras.constraints.NonNeg)
+    for attention in (layers.MultiHeadAttention(2, 4, activity_regularizer="l2"), layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")):
+        inputs = keras.Input((4, 6))
+        model = keras.Model(inputs, layers.Dense(2)(attention(inputs, inputs)))
+        x = normal(2, 4, 6)
+        losses = []
+        for m in (model, ternarize(model, verbose=False)):
+            m(x)
+            losses.append(len(m.losses))
+        assert losses[0] == losses[1] > 0
+    assert not any(row.lost for row in conversion_plan(graph(layers.GRU(8), layers.Dense(2)), recurrent=True))
+
+
+def test_calibration_needs_a_batch():
+    import itertools
+
+    class Data(keras.utils.PyDataset):
+        pass
+
+    for wrong in (iter([normal(2, 12)]), (normal(2, 12) for _ in itertools.count()), Data()):
+        with pytest.raises(ValueError, match="must be one batch of inputs: .* Received: .* of type (list_iterator|generator|Data)"):
+            ternarize(mlp(), calibration=wrong, verbose=False)
+
+
+@pytest.mark.parametrize("join", [layers.Add(), layers.Average(), layers.Multiply(), lambda xs: xs[0] + xs[1], lambda xs: ops.maximum(*xs)])
+def test_heads_that_are_joined_are_last_layers(join):
+    inputs = keras.Input((4,))
+    h = layers.Dense(8, name="h")(inputs)
+    model = keras.Model(inputs, layers.Softmax()(join([layers.Dense(2, name="a")(h), layers.Dense(2, name="b")(h)])))
+    assert {row.path: row.becomes for row in conversion_plan(model)} == {"h": "DenseMML", "a": None, "b": None}
+    h = layers.Dense(2, name="h")(inputs)
+    model = keras.Model(inputs, join([h, layers.Dense(2, name="last")(h)]))  # what goes past a layer is read by it
+    assert {row.path: row.becomes for row in conversion_plan(model)} == {"h": "DenseMML", "last": None}
+
+
+def test_the_plan_of_another_model_is_refused_as_its_conversion():
+    for function in (conversion_plan, ternarize):
+        with pytest.raises(ValueError, match=f"`{function.__name__}` takes a built Sequential or functional model.* write their twins"):
+            function(Subclassed())

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ from keras.src import testing
 
 from keras_mml import pack, runtime
 from keras_mml.kernels import ternary_linear
-from keras_mml.layers import GRUMML, Conv1DMML, Conv2DMML, DenseMML, RMSNorm
+from keras_mml.layers import GRUMML, Conv1DMML, Conv2DMML, DenseMML, MultiHeadAttentionMML, PatchEmbedding, RMSNorm, TokenEmbedding, TransformerBlockMML
 from keras_mml.operators import linear_on_device, packed_linear
 from keras_mml.packing import decode_state, encode_state, layer_sizes, pack_ternary, unpack_ternary
 from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
@@ -753,3 +754,61 @@ def test_a_gradient_is_refused_in_a_compiled_graph_of_torch():
     x = torch.tensor(INPUTS, requires_grad=True)
     with pytest.raises(Exception, match="packed layer has no gradient"):
         compiled(x).sum().backward()
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class PartlyUsed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.used = DenseMML(3)
+        self.spare, self.spare_recurrence = DenseMML(4), GRUMML(4)
+
+    def call(self, x):
+        return self.used(x)
+
+
+def test_layers_that_were_never_called_stay_as_they_are(tmp_path):
+    model = PartlyUsed()
+    with pytest.raises(ValueError, match="Only built layers can be packed"):
+        pack(model)
+    expected = array(model(INPUTS))
+    packed = pack(model)
+    assert (packed.used.packed, packed.spare.packed, packed.spare.built) == (True, False, False)
+    assert_same_within_rounding(packed(INPUTS), expected, step=0.05)
+    with pytest.raises(ValueError, match="is packed already"):
+        pack(packed)
+    packed.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(INPUTS)), array(packed(INPUTS)))
+    assert pack(model, in_place=True).used.packed and not model.spare.packed
+
+
+COMPOSED = {
+    "GRUMML": lambda: GRUMML(8, return_sequences=True),
+    "MultiHeadAttentionMML": lambda: AttendToItself(MultiHeadAttentionMML(2, 4, fully_mml=False)),
+    "TransformerBlockMML": lambda: TransformerBlockMML(6, 12, 2, fully_mml=False),
+    "PatchEmbedding": lambda: PatchEmbedding(4, 6, use_mml=False, with_positions=True),
+    "TokenEmbedding": lambda: TokenEmbedding(6, 20, 6, with_positions=True),
+}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class AttendToItself(keras.layers.Wrapper):
+    def build(self, input_shape):
+        self.layer.build(input_shape, input_shape)
+
+    def call(self, x):
+        return self.layer(x, x)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_float_parts_of_composed_layers_may_be_quantised(name, tmp_path):
+    x = np.arange(12).reshape(2, 6) if name == "TokenEmbedding" else INPUTS
+    model = keras.Sequential([keras.Input(x.shape[1:]), COMPOSED[name](), DenseMML(6)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ternary layers do not take part
+        model.quantize("int8")
+    assert any(getattr(layer, "quantization_mode", None) == "int8" for layer in model.layers[0]._flatten_layers())
+    for each in (model, pack(model)):
+        each.save(tmp_path / "m.keras")
+        np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(x)), array(each(x)))
+    assert_same_within_rounding(each(x), model(x), step=0.05)

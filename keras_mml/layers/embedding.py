@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from .arguments import check_positive_integers
-from .composed import Composed
+from .composed import Composed, dtype_config
 
 # %% ../../nbs/layers/embedding.ipynb #6fdd87c7
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -88,6 +88,7 @@ class TokenEmbedding(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
+            "dtype": dtype_config(self),
             "max_len": self.max_len,
             "vocab_size": self.vocab_size,
             "embedding_dim": self.embedding_dim,

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from .. import quantizers
+from ..copies import copy_of
 from ..operators import callers, packed_linear
 from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
 
@@ -94,8 +95,7 @@ class PackableLayer(keras.layers.Layer):
         if self.packed:
             raise ValueError(f"Layer '{self.name}' is packed already.")
         state = self.ternary_state()
-        copy = type(self).from_config({**self.get_config(), "packed": True, "trainable": False})
-        copy.build_from_config(self.get_build_config())
+        copy = copy_of(self)
         copy.set_ternary_state(state)
         return copy
 
