@@ -6,174 +6,71 @@ import json
 import keras
 import numpy as np
 import pytest
+from cases import ATTENTION, BACKEND, CASES, CELLS, EVERY, VARIANTS, Case, array, each, every_case, packable, shaken, ternary_cases  # noqa: F401
 from keras import ops
 from keras.src import testing
 
 from keras_mml import layers, pack
 from keras_mml.layers import *  # noqa: F403
 from keras_mml.layers import DenseMML, MultiHeadAttentionMML, TransformerBlockMML
-from keras_mml.layers.packed import PackableLayer
 from keras_mml.layers.recurrent import ScanRNN
-
-BACKEND = keras.backend.backend()
-
-
-class Case:
-    "A layer, what it is fed with, and what is expected of it."
-
-    def __init__(self, cls, arguments, input_shape, output_shape, weights, tokens=0, masks=True, losses=None):
-        self.cls, self.arguments, self.input_shape, self.output_shape = cls, arguments, input_shape, output_shape
-        self.weights, self.tokens, self.masks = weights, tokens, masks
-        self.name = cls.__name__ + "".join(f" {k}={v}" for k, v in arguments.items() if k not in ("units", "filters", "kernel_size"))
-
-    def make(self, **arguments):
-        return self.cls(**self.arguments, **arguments)
-
-    def apply(self, layer, x):
-        y = layer(x, x) if self.cls is MultiHeadAttentionMML else layer(x)
-        return y[0] if isinstance(y, (tuple, list)) else y
-
-    def data(self, rows=None, seed=0):
-        shape = (rows or self.input_shape[0], *self.input_shape[1:])
-        rng = np.random.default_rng(seed)
-        return rng.integers(1, self.tokens, shape) if self.tokens else rng.normal(size=shape).astype("float32")
-
-    def input(self):
-        return keras.Input(self.input_shape[1:], dtype="int32" if self.tokens else "float32")
-
-    def model(self, **arguments):
-        "The layer in a model that can be trained."
-        x = inputs = self.input()
-        if len(self.input_shape) == 3 and not self.tokens:
-            x = RMSNorm()(x)
-        x = keras.layers.Flatten()(self.apply(self.make(**arguments), x))
-        model = keras.Model(inputs, keras.layers.Dense(2)(x))
-        model.compile(keras.optimizers.Adam(0.01), "mse")
-        return model
-
-
-T, S, I = (2, 6, 8), (2, 16, 8), (2, 8, 8, 4)
-CASES = [
-    Case(DenseMML, dict(units=5), (2, 8), (2, 5), 2),
-    Case(GLUMML, dict(units=5), (2, 8), (2, 5), 4),
-    Case(BilinearMML, dict(units=5, intermediate_size=16), T, (2, 6, 5), 4),
-    Case(ReGLUMML, dict(units=5, intermediate_size=16, use_bias=False), T, (2, 6, 5), 2),
-    Case(GeGLUMML, dict(units=5, intermediate_size=16), T, (2, 6, 5), 4),
-    Case(SeGLUMML, dict(units=5, hidden_ratio=2), T, (2, 6, 5), 4),
-    Case(SwiGLUMML, dict(units=5, intermediate_size=16, scale="channel", norm_gain=True), T, (2, 6, 5), 6),
-    Case(GRUMML, dict(units=6), T, (2, 6), 6),
-    Case(GRUMML, dict(units=6, fully_mml=True, num_heads=2, return_sequences=True), T, (2, 6, 6), 4),
-    Case(GRUMML, dict(units=6, fully_mml=True, forget_lower_bound=0.5, learn_lower_bound=True, go_backwards=True), T, (2, 6), 5),
-    Case(GRUMML, dict(units=6, use_bias=False, unroll=True), T, (2, 6), 3),
-    Case(LRUMML, dict(units=5, state_dim=7), T, (2, 5), 6),
-    Case(LRUMML, dict(units=5, state_dim=7, fully_mml=True, use_bias=True, return_sequences=True), T, (2, 6, 5), 8),
-    Case(AttentionMML, dict(num_heads=2, out_dim=6), T, (2, 6, 6), 4),
-    Case(AttentionMML, dict(num_heads=2, out_dim=6, fully_mml=False, causal=False), T, (2, 6, 6), 12),
-    Case(TransformerBlockMML, dict(embedding_dim=8, ffn_dim=16, num_heads=2, rate=0.0), T, T, 10),
-    Case(TransformerBlockMML, dict(embedding_dim=8, ffn_dim=16, num_heads=2, rate=0.0, mixer="softmax", causal=False), T, T, 14),
-    Case(TokenEmbedding, dict(max_len=9, vocab_size=11, embedding_dim=5), (2, 6), (2, 6, 5), 1, tokens=11),
-    Case(TokenEmbedding, dict(max_len=9, vocab_size=11, embedding_dim=5, with_positions=True), (2, 6), (2, 6, 5), 2, tokens=11),
-    Case(PatchEmbedding, dict(num_patches=6, embedding_dim=5, with_positions=True), T, (2, 6, 5), 3),
-    Case(PatchEmbedding, dict(num_patches=6, embedding_dim=5, use_mml=False), T, (2, 6, 5), 2),
-    Case(Patches, dict(patch_size=4), I, (2, 4, 64), 0, masks=False),
-    Case(Conv1DMML, dict(filters=5, kernel_size=3, padding="causal", dilation_rate=2), S, (2, 16, 5), 2, masks=False),
-    Case(Conv1DMML, dict(filters=6, kernel_size=3, groups=2, strides=2), S, (2, 7, 6), 2, masks=False),
-    Case(Conv2DMML, dict(filters=5, kernel_size=3, padding="same", norm_gain=True), I, (2, 8, 8, 5), 3, masks=False),
-    Case(Conv2DMML, dict(filters=5, kernel_size=(2, 3), strides=2, scale="channel", use_bias=False), I, (2, 4, 3, 5), 1, masks=False),
-    Case(DepthwiseConv2DMML, dict(kernel_size=3, depth_multiplier=2), I, (2, 6, 6, 8), 2, masks=False),
-    Case(RMSNorm, dict(use_bias=True), (2, 8), (2, 8), 2),
-]  # fmt: skip
-# Layers that take two inputs, which Sequential and TimeDistributed cannot give them.
-ATTENTION = [
-    Case(MultiHeadAttentionMML, dict(num_heads=2, key_dim=4), T, T, 8),
-    Case(MultiHeadAttentionMML, dict(num_heads=4, key_dim=4, num_key_value_heads=2, rotary=True, fully_mml=False, use_bias=False), T, T, 4),
-]
-
-
-def each(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-every_case = each(CASES + ATTENTION)
-ternary_cases = each([c for c in CASES + ATTENTION if c.cls not in (TokenEmbedding, Patches, RMSNorm) and c.arguments.get("use_mml", True)])
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def test_no_layer_is_forgotten():
-    exported = {getattr(layers, name) for name in layers._all_}
-    cells = {layers.GRUCellMML, layers.LRUCellMML}  # which have a test of their own
-    assert exported - cells == {case.cls for case in CASES + ATTENTION}
+    exported = {getattr(layers, name) for name in layers.__all__}
+    exported = {cls for cls in exported if isinstance(cls, type) and issubclass(cls, keras.layers.Layer)}
+    assert exported == {case.cls for case in EVERY} | {cls for cls, *_ in CELLS}
 
 
-class ConformanceTest(testing.TestCase):
-    def check(self, case, packed=False):
-        self.run_layer_test(
+def conforms(case, packed=False):
+    "Keras' own test of a layer. Attention takes two inputs, and Keras has no training step for those."
+    two = case.cls is MultiHeadAttentionMML
+    test = testing.TestCase()
+    test.setUp()
+    try:
+        test.run_layer_test(
             case.cls,
             init_kwargs={**case.arguments, "packed": True} if packed else case.arguments,
-            input_shape=case.input_shape,
-            input_dtype="int32" if case.tokens else "float32",
+            input_shape={"query_shape": case.input_shape, "value_shape": case.input_shape} if two else case.input_shape,
+            input_dtype=None if two else case.dtype,
             expected_output_shape=case.output_shape,
-            expected_num_trainable_weights=None if packed else case.weights,
+            expected_num_trainable_weights=0 if packed and case.cls is DenseMML else None if packed else case.weights,
+            expected_num_non_trainable_weights=None if packed else 0,
+            expected_num_losses=0 if packed else case.losses,
             supports_masking=case.masks,
-            run_training_check=not packed and case.weights > 0 and not case.tokens,
+            run_training_check=not packed and not two and case.weights > 0 and not case.tokens,
             run_mixed_precision_check=not case.tokens,
         )
-
-    def test_every_layer(self):
-        for case in CASES:
-            with self.subTest(case.name):
-                self.check(case)
-
-    def test_every_packed_layer(self):
-        for case in CASES:
-            if hasattr(case.cls(**case.arguments), "packed") and case.arguments.get("use_mml", True):
-                with self.subTest(case.name):
-                    self.check(case, packed=True)
-
-    def test_attention(self):
-        x = np.random.default_rng(0).normal(size=(2, 4, 6)).astype("float32")
-        for arguments, weights in [
-            (dict(num_heads=2, key_dim=4), 8),
-            # On jax, Keras' attention wants values as long as keys.
-            (dict(num_heads=4, key_dim=2, num_key_value_heads=2, rotary=True, use_bias=False, value_dim=2 if BACKEND == "jax" else 3), 4),
-            (dict(num_heads=2, key_dim=4, fully_mml=False, dropout=0.0, output_shape=6), 8),
-        ]:
-            self.run_layer_test(
-                layers.MultiHeadAttentionMML,
-                init_kwargs=arguments,
-                input_shape={"query_shape": (2, 4, 6), "value_shape": (2, 4, 6)},
-                expected_output_shape=(2, 4, 6),
-                expected_num_trainable_weights=weights,
-                supports_masking=True,
-                run_training_check=False,
-            )
-            layer = layers.MultiHeadAttentionMML(**arguments)
-            layer(x, x)
-            packed = pack(layer)
-            difference = np.abs(array(packed(x, x)) - array(layer(x, x)))
-            assert (difference < 1e-3).mean() > 0.9 and difference.max() < 0.2
-
-    def test_cells(self):
-        x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
-        for cell, states in [
-            (layers.GRUCellMML(6, num_heads=2, fully_mml=True), [(2, 3), (2, 3)]),
-            (layers.LRUCellMML(5, 7), [(2, 7), (2, 7)]),
-        ]:
-            rnn = keras.layers.RNN(cell, return_state=True)
-            output, *end = rnn(x)
-            assert [tuple(s.shape) for s in end] == states and tuple(output.shape) == (2, cell.units)
-            symbolic = rnn(keras.Input((5, 8)))
-            assert [tuple(s.shape) for s in symbolic] == [(None, cell.units), *[(None, s[1]) for s in states]]
-            config = json.loads(json.dumps(cell.get_config()))
-            assert type(cell).from_config(config).get_config() == cell.get_config()
-            stacked = keras.layers.RNN([type(cell).from_config(config), layers.GRUCellMML(3)])
-            assert tuple(stacked(x).shape) == (2, 3)
+    finally:
+        test.doCleanups()
 
 
-@every_case
+@each(EVERY + VARIANTS)
+def test_keras_conformance(case):
+    conforms(case)
+
+
+@each([case for case in EVERY + VARIANTS if case.ternary])
+def test_keras_conformance_of_packed_layers(case):
+    conforms(case, packed=True)
+
+
+@pytest.mark.parametrize("cls, arguments, states", CELLS)
+def test_cells(cls, arguments, states):
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
+    cell = cls(**arguments)
+    rnn = keras.layers.RNN(cell, return_state=True)
+    output, *end = rnn(x)
+    assert [tuple(s.shape) for s in end] == states and tuple(output.shape) == (2, cell.units)
+    symbolic = rnn(keras.Input((5, 8)))
+    assert [tuple(s.shape) for s in symbolic] == [(None, cell.units), *[(None, s[1]) for s in states]]
+    config = json.loads(json.dumps(cell.get_config()))
+    assert cls.from_config(config).get_config() == cell.get_config()
+    stacked = keras.layers.RNN([cls.from_config(config), layers.GRUCellMML(3)])
+    assert tuple(stacked(x).shape) == (2, 3)
+
+
+@each(EVERY + VARIANTS)
 def test_the_configuration_names_every_argument_and_survives_json(case):
     layer = case.make()
     config = json.loads(json.dumps(layer.get_config()))
@@ -188,15 +85,7 @@ def one_epoch(model, case, seed):
     model.fit(x[order], y[order], batch_size=8, epochs=1, shuffle=False, verbose=0)
 
 
-def shaken(model, size):
-    "The model with noise on every weight: zeros, such as biases start with, stop gradients, and exact halves may be rounded either way."
-    rng = np.random.default_rng(1)
-    for weight in model.trainable_weights:
-        weight.assign(weight + size * rng.normal(size=weight.shape))
-    return model
-
-
-@every_case
+@each(EVERY + VARIANTS)
 def test_every_weight_trains_and_a_saved_model_goes_on_bit_for_bit(case, tmp_path):
     keras.utils.set_random_seed(7)
     model, x = shaken(case.model(), 0.05), case.data()
@@ -222,8 +111,8 @@ def test_packed_models_predict_the_same_and_are_saved(case, tmp_path):
     model, x = shaken(case.model(), 0.01), case.data(rows=16)
     expected = array(model(x))
     packed = pack(model)
-    ternary = [layer for layer in packed._flatten_layers() if isinstance(layer, PackableLayer)]
-    assert ternary and all(layer.packed for layer in ternary) and not any(w.name == "kernel" for l in ternary for w in l.weights)
+    ternary = packable(packed)
+    assert ternary and all(layer.packed for layer in ternary) and not any(w.name == "kernel" for layer in ternary for w in layer.weights)
     outputs = array(packed(x))
     scale = np.abs(expected).max()
     # float rounding, but for inputs on the edge between two integers, whose step is carried through the layers behind
@@ -231,7 +120,7 @@ def test_packed_models_predict_the_same_and_are_saved(case, tmp_path):
 
     packed.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
-    assert all(layer.packed for layer in loaded._flatten_layers() if isinstance(layer, PackableLayer))
+    assert all(layer.packed for layer in packable(loaded))
     np.testing.assert_array_equal(array(loaded(x)), outputs)
     packed.save_weights(tmp_path / "m.weights.h5")
     other = case.model()
