@@ -120,6 +120,7 @@ VARIANTS = [
     Case(RMSNorm, {}, T, T, 1),
     Case(RMSNorm, dict(has_learnable_weights=False), (2, 8), (2, 8), 0),
     Case(RMSNorm, dict(use_bias=True, gain_regularizer="l2", bias_initializer="ones"), T, T, 2, losses=1),
+    Case(GRUMML, dict(units=6, num_heads=3, forget_lower_bound=[0.1, 0.5, 0.9], learn_lower_bound=True, return_sequences=True), T, (2, 6, 6), 7),
     # On jax, Keras' attention wants values as long as keys.
     Case(MultiHeadAttentionMML, dict(num_heads=4, key_dim=2, num_key_value_heads=2, rotary=True, use_bias=False, value_dim=2 if BACKEND == "jax" else 3), T, T, 4),
     Case(MultiHeadAttentionMML, dict(num_heads=2, key_dim=4, fully_mml=False, dropout=0.0, output_shape=6), T, (2, 6, 6), 8),
@@ -136,7 +137,8 @@ def each(cases):
 
 
 every_case = each(EVERY)
-ternary_cases = each([case for case in EVERY if case.ternary])
+TERNARY = [case for case in EVERY if case.ternary]
+ternary_cases = each(TERNARY)
 
 
 def side_by_side(cases, **arguments):

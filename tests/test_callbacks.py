@@ -9,6 +9,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from cases import BACKEND, TERNARY, data_side_by_side, side_by_side
 from keras import ops
 
 import keras_mml
@@ -21,7 +22,6 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(80, 12)).astype("float32")
 Y = (X @ RNG.normal(size=(12, 3)) / 4).astype("float32")
 BATCH = dict(batch_size=16, shuffle=False, verbose=0)  # five batches an epoch
-BACKEND = keras.backend.backend()
 
 
 @keras.saving.register_keras_serializable(package="test_callbacks")
@@ -301,35 +301,23 @@ def test_zero_is_float_training():
     assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
 
 
-def family():
-    "Small models with all kinds of layers, made with the same options."
-    sequences = dict(input_shape=(6, 8))
-    return {
-        "gru": (lambda **o: layers.GRUMML(8, fully_mml=True, **o), sequences),
-        "transformer": (lambda **o: layers.TransformerBlockMML(8, 16, 2, rate=0.0, **o), sequences),
-        "conv": (lambda **o: layers.Conv2DMML(4, 3, **o), dict(input_shape=(6, 6, 2))),
-        "depthwise": (lambda **o: layers.DepthwiseConv2DMML(3, **o), dict(input_shape=(6, 6, 2))),
-    }
+def test_zero_is_float_training_for_every_layer():
+    "All side by side, each with an output and a loss of its own."
+    x = data_side_by_side(TERNARY, 16)
+    y = {name: np.random.default_rng(2).normal(size=(16, 2)).astype("float32") for name in x}
 
+    def losses(model, *callbacks):
+        compiled(model)
+        history = model.fit(x, y, epochs=3, callbacks=callbacks, batch_size=8, shuffle=False, verbose=0).history
+        return {case.name: history[f"{name}_loss"] for name, case in zip(x, TERNARY, strict=True)}
 
-@pytest.mark.parametrize("kind", list(family()))
-def test_zero_is_float_training_for_the_family(kind):
-    make, shapes = family()[kind]
-    x = np.random.default_rng(1).normal(size=(16, *shapes["input_shape"])).astype("float32")
-
-    def model(**options):
-        keras.utils.set_random_seed(0)
-        made = keras.Sequential([keras.Input(shapes["input_shape"]), make(**options), keras.layers.Flatten(), DenseMML(2, **options)])
-        return compiled(made)
-
-    y = np.random.default_rng(2).normal(size=(16, 2)).astype("float32")
-    ternary, floats = model(), model(scale=Unchanged(), activation_bits=Unchanged())
-    floats.set_weights(ternary.get_weights())
-    warmup = QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)
-    ours = ternary.fit(x, y, epochs=3, callbacks=[warmup], batch_size=8, shuffle=False, verbose=0).history["loss"]
-    theirs = floats.fit(x, y, epochs=3, batch_size=8, shuffle=False, verbose=0).history["loss"]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    assert not np.allclose(model().fit(x, y, epochs=3, batch_size=8, shuffle=False, verbose=0).history["loss"], theirs, rtol=1e-4)
+    ternary, floats, plain = side_by_side(TERNARY), side_by_side(TERNARY, scale=Unchanged(), activation_bits=Unchanged()), side_by_side(TERNARY)
+    for other in (floats, plain):
+        other.set_weights(ternary.get_weights())
+    ours, theirs = losses(ternary, QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)), losses(floats)
+    for name, of_plain in losses(plain).items():
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
+        assert not np.allclose(of_plain, theirs[name], rtol=1e-4), name
 
 
 def test_compiled_steps_follow_the_schedule():

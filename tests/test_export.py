@@ -11,30 +11,23 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from cases import BACKEND, array, packable, ternary_cases
 from keras import ops
-from test_family import ATTENTION, CASES, each
 
 import keras_mml
 from keras_mml import pack
 from keras_mml.layers import Conv2DMML, DenseMML, DepthwiseConv2DMML, GRUMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
-from keras_mml.layers.packed import PackableLayer
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("torch")
 
-BACKEND = keras.backend.backend()
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="The other backends hand the model to a process with torch, which one test does.")
-ternary = [c for c in CASES + ATTENTION if hasattr(c.cls(**c.arguments), "packed") and c.arguments.get("use_mml", True)]
 
 
 def floats(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def export(model, path, **options):
@@ -67,18 +60,18 @@ def nodes(path):
 
 
 @on_torch
-@each(ternary)
+@ternary_cases
 def test_every_family_gives_the_outputs_of_keras_for_any_batch(case, tmp_path):
     x = case.input()
     model = keras.Model(x, case.apply(case.make(), x))
-    for layer in model._flatten_layers():
-        if isinstance(layer, PackableLayer) and layer.bias is not None:
+    for layer in packable(model):
+        if layer.bias is not None:
             layer.bias.assign(floats(*layer.bias.shape))
     session, packed = export(model, tmp_path / "model.onnx"), pack(model)  # from the latent model
     for rows in (1, 3, 17):
         data = case.data(rows, seed=rows)
         assert_same(run(session, data)[0], packed(data))
-    products = sum(isinstance(layer, PackableLayer) and getattr(layer, "has_full_rows", True) for layer in model._flatten_layers())
+    products = sum(getattr(layer, "has_full_rows", True) for layer in packable(model))
     assert nodes(tmp_path / "model.onnx").count("MatMulNBits") >= products
     content = (tmp_path / "model.onnx").read_bytes()
     secrets = (b"site-packages", b"torch", b"def forward", str(Path(keras_mml.__file__).parent).encode(), os.getcwd().encode())
@@ -149,7 +142,7 @@ def test_zeros_and_numbers_that_are_not_finite(norm, seed, tmp_path):
 
 def weights_of(model):
     "Bytes of the weights: 2 bits for a trit, 4 bytes for a number, one scale where all are equal."
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
+    layers = packable(model)
     theirs = {id(weight) for layer in layers for weight in layer.weights}
     total = sum(4 * math.prod(weight.shape) for weight in model.weights if id(weight) not in theirs)
     for layer in layers:

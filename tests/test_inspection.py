@@ -10,6 +10,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+from cases import EVERY, VARIANTS, side_by_side
 from keras import layers, ops
 
 import keras_mml
@@ -538,16 +539,8 @@ def stored(path):
     return sum(sizes)
 
 
-def small_models():
-    yield chain(DenseMML(64, norm_gain=True), DenseMML(10, scale="channel"), shape=(33,))
-    yield chain(Conv2DMML(8, 3), DepthwiseConv2DMML(3), layers.BatchNormalization(), layers.Flatten(), DenseMML(3), shape=(9, 9, 3))
-    yield chain(TokenEmbedding(8, 20, 16), TransformerBlockMML(16, 32, 2), layers.Dense(20), shape=(8,), dtype="int32")
-    yield chain(LRUMML(4, 5, return_sequences=True), GRUMML(4, fully_mml=True), SwiGLUMML(3, intermediate_size=8), shape=(6, 3))
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_bytes_are_those_of_packed_models(number, tmp_path):
-    model = list(small_models())[number]
+def test_bytes_of_every_layer_are_those_of_packed_models(tmp_path):
+    model = side_by_side(EVERY + VARIANTS)
     packed = pack(model)
     packed.save(tmp_path / "packed.keras")
     total = summary(model).total

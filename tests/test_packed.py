@@ -11,8 +11,8 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from cases import BACKEND, array
 from keras import ops
-from keras.src import testing
 
 from keras_mml import pack
 from keras_mml.kernels import ternary_linear
@@ -22,11 +22,6 @@ from keras_mml.packing import pack_ternary, unpack_ternary
 from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKEND = keras.backend.backend()
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def assert_same_within_rounding(packed, latent, step=0.0):
@@ -34,24 +29,6 @@ def assert_same_within_rounding(packed, latent, step=0.0):
     packed, latent = array(packed), array(latent)
     close = np.abs(packed - latent) <= 1e-5 + 1e-5 * np.abs(latent)
     assert close.mean() > 0.98 and np.abs(packed - latent).max() <= step + 1e-4 * np.abs(latent).max()
-
-
-class ConformanceTest(testing.TestCase):
-    def test_packed_dense(self):
-        for arguments, weights in [(dict(units=5), 3), (dict(units=5, use_bias=False, norm=None), 2), (dict(units=5, norm_gain=True), 4)]:
-            for input_shape in [(4, 7), (2, 3, 7)]:
-                self.run_layer_test(
-                    DenseMML,
-                    init_kwargs={**arguments, "packed": True},
-                    input_shape=input_shape,
-                    expected_output_shape=(*input_shape[:-1], 5),
-                    expected_num_trainable_weights=0,
-                    expected_num_non_trainable_weights=weights,
-                    expected_num_losses=0,
-                    supports_masking=True,
-                    run_training_check=False,
-                    run_mixed_precision_check=True,
-                )
 
 
 @pytest.mark.parametrize("scale", ["tensor", "channel"])

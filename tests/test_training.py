@@ -6,8 +6,6 @@ import pytest
 
 from keras_mml.layers import DenseMML, RMSNorm
 
-ARGUMENTS = [{}, dict(norm=None, scale="channel"), dict(norm_gain=True, activation_bits=4, kernel_regularizer="l2")]
-
 
 def network(**arguments):
     model = keras.Sequential(
@@ -23,28 +21,6 @@ def one_epoch(model, seed):
     x, y = rng.normal(size=(96, 12)).astype("float32"), rng.normal(size=(96, 3)).astype("float32")
     order = np.random.default_rng(seed).permutation(len(x))
     model.fit(x[order], y[order], batch_size=16, epochs=1, shuffle=False, verbose=0)
-
-
-def all_variables(model):
-    return [keras.ops.convert_to_numpy(v) for v in [*model.variables, *model.optimizer.variables]]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_training_goes_on_bit_for_bit(arguments, tmp_path):
-    keras.utils.set_random_seed(7)
-    model = network(**arguments)
-    one_epoch(model, seed=1)
-    model.save(tmp_path / "after-one-epoch.keras")
-    one_epoch(model, seed=2)
-
-    resumed = keras.saving.load_model(tmp_path / "after-one-epoch.keras")
-    before = all_variables(resumed)
-    one_epoch(resumed, seed=2)
-    after = all_variables(resumed)
-    assert len(after) == len(all_variables(model)) > len(model.variables)
-    for uninterrupted, continued in zip(all_variables(model), after):
-        np.testing.assert_array_equal(continued, uninterrupted)
-    assert any((a != b).any() for a, b in zip(before, after))  # and it did train
 
 
 def test_weights_alone_can_be_saved_and_loaded(tmp_path):
