@@ -3,6 +3,7 @@
 A new layer is tested by its row: by Keras' conformance test, in training, saving, packing, the runtime, ONNX, on several devices, and so on.
 """
 
+# ruff: noqa: E501, F405
 import os
 
 import keras
@@ -10,10 +11,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_mml.layers import (
-    AttentionMML, BilinearMML, Conv1DMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, GeGLUMML, GLUMML, GRUCellMML, GRUMML, LRUCellMML, LRUMML,
-    MultiHeadAttentionMML, PatchEmbedding, Patches, ReGLUMML, RMSNorm, SeGLUMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML,
-)  # fmt: skip
+from keras_mml.layers import *  # noqa: F403
+from keras_mml.layers import MultiHeadAttentionMML, Patches, RMSNorm, TokenEmbedding
 from keras_mml.layers.packed import PackableLayer
 from keras_mml.quantizers import AbsmaxInt, AbsmeanTernary
 
@@ -60,11 +59,11 @@ class Case:
             x = RMSNorm()(x)
         return keras.layers.Dense(2)(keras.layers.Flatten()(self.apply(self.make(**arguments), x)))
 
-    def model(self, **arguments):
+    def model(self, **options):
         "The layer in a model that can be trained."
         inputs = self.input()
-        model = keras.Model(inputs, self.head(inputs, **arguments))
-        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model = keras.Model(inputs, self.head(inputs))
+        model.compile(keras.optimizers.Adam(0.01), "mse", **options)
         return model
 
     @property
@@ -73,7 +72,7 @@ class Case:
         return self.cls not in (TokenEmbedding, Patches, RMSNorm) and self.arguments.get("use_mml", True)
 
 
-T, S, I = (2, 6, 8), (2, 16, 8), (2, 8, 8, 4)
+T, S, I = (2, 6, 8), (2, 16, 8), (2, 8, 8, 4)  # noqa: E741
 CASES = [
     Case(DenseMML, dict(units=5), (2, 8), (2, 5), 2),
     Case(GLUMML, dict(units=5), (2, 8), (2, 5), 4),
@@ -144,7 +143,7 @@ ternary_cases = each(TERNARY)
 def side_by_side(cases, **arguments):
     "All cases in one model, each with an input and an output of its own, so that what takes long, such as compilation, is done once."
     inputs = {str(number): case.input(name=str(number)) for number, case in enumerate(cases)}
-    return keras.Model(inputs, {name: case.head(inputs[name], **arguments) for name, case in zip(inputs, cases)})
+    return keras.Model(inputs, {name: case.head(inputs[name], **arguments) for name, case in zip(inputs, cases, strict=True)})
 
 
 def data_side_by_side(cases, rows, seed=0):

@@ -16,7 +16,7 @@ from keras import ops
 
 import keras_mml
 from keras_mml import pack
-from keras_mml.layers import Conv2DMML, DenseMML, DepthwiseConv2DMML, GRUMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
+from keras_mml.layers import GRUMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +38,7 @@ def export(model, path, **options):
 
 
 def run(session, *inputs):
-    return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs)})
+    return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs, strict=True)})
 
 
 def assert_same(outputs, expected, tolerance=3e-5):
@@ -196,7 +196,7 @@ def test_several_inputs_and_outputs_and_a_shared_layer(tmp_path):
     model = keras.Model([left, right], [shared(left) + shared(right), keras.layers.Dense(3)(left), right])
     session, packed = export(model, tmp_path / "model.onnx"), pack(model)
     x = [floats(9, 20, seed=1), floats(9, 20, seed=2)]
-    for got, wanted in zip(run(session, *x), packed(x)):
+    for got, wanted in zip(run(session, *x), packed(x), strict=True):
         assert_same(got, wanted)
     assert [spec.name for spec in session.get_inputs()] == ["left", "right"]
     assert [spec.name for spec in session.get_outputs()] == ["output_0", "output_1", "output_2"]
@@ -273,7 +273,7 @@ def test_layers_with_equal_trits_keep_their_own_scales_and_shapes(exact, tmp_pat
     for factor, layer in enumerate((first, second, narrow, short), start=1):
         layer.kernel.assign(factor * kernel[: layer.kernel.shape[0], : layer.units])
     model = keras.Model(inputs, outputs)
-    for output, expected in zip(run(export(model, tmp_path / "model.onnx", exact=exact), x), pack(model)(x)):
+    for output, expected in zip(run(export(model, tmp_path / "model.onnx", exact=exact), x), pack(model)(x), strict=True):
         assert_same(output, expected, tolerance=3e-5 if exact else 0.02)
 
 
@@ -293,7 +293,7 @@ def test_inputs_and_outputs_of_any_name(tmp_path):
     x, y = floats(5, 4), floats(5, 4, seed=1)
     first, second = keras.Input((4,), name="_0"), keras.Input((4,), name="_w0")
     model = keras.Model([first, second], [DenseMML(3)(first), DenseMML(2)(second)])
-    for output, expected in zip(run(export(model, tmp_path / "a.onnx"), x, y), pack(model)([x, y])):
+    for output, expected in zip(run(export(model, tmp_path / "a.onnx"), x, y), pack(model)([x, y]), strict=True):
         assert_same(output, expected)
     inputs = keras.Input((4,), name="x")
     session = export(keras.Model({"x": inputs}, {"x": DenseMML(3)(inputs)}), tmp_path / "b.onnx")
@@ -328,7 +328,8 @@ def test_errors(tmp_path):
     refused(tmp_path, "model", "takes a Keras model. Received: 'model' of type str")
     refused(tmp_path, keras.Sequential([DenseMML(3)]), "has no weights to export yet")
     refused(tmp_path, keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), "has no ternary layer. Keras exports it itself")
-    refused(tmp_path, keras.Sequential([keras.Input((5, 8), batch_size=3), GRUMML(4, stateful=True, name="memory")]), "'memory' .* keeps a state")
+    stateful = keras.Sequential([keras.Input((5, 8), batch_size=3), GRUMML(4, stateful=True, name="memory")])
+    refused(tmp_path, stateful, "'memory' .* keeps a state")
     refused(tmp_path, keras.Sequential([keras.Input((None, 8)), GRUMML(4, name="scan")]), "'scan' .* depends on axis 1 of input 'input'")
     model = keras.Sequential([keras.Input((3,)), DenseMML(2)])
     with pytest.raises(FileNotFoundError, match="does not exist. Received: path="):
@@ -348,6 +349,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         keras_mml.export_onnx(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="For the other backends.")
 def test_from_this_backend(tmp_path):
     model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
@@ -367,6 +369,7 @@ np.save("expected.npy", keras_mml.pack(model).predict(np.load("x.npy"), verbose=
 """
 
 
+@pytest.mark.slow
 @on_torch
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_from_jax(tmp_path):

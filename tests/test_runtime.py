@@ -1,5 +1,6 @@
 """The runtime: what it predicts against Keras, what it refuses, and thousands of damaged files."""
 
+# ruff: noqa: E501
 import io
 import json
 import os
@@ -22,7 +23,17 @@ from keras import layers, ops
 import keras_mml
 from keras_mml import kernels, runtime
 from keras_mml.layers import (
-    Conv1DMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, GRUMML, MultiHeadAttentionMML, PatchEmbedding, Patches, RMSNorm, TokenEmbedding, TransformerBlockMML,
+    GRUMML,
+    Conv1DMML,
+    Conv2DMML,
+    DenseMML,
+    DepthwiseConv2DMML,
+    MultiHeadAttentionMML,
+    PatchEmbedding,
+    Patches,
+    RMSNorm,
+    TokenEmbedding,
+    TransformerBlockMML,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +146,7 @@ def test_a_convolution_rounds_as_keras_does():
     np.testing.assert_allclose(scale, our_scale, rtol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("x", [(99 + PIXELS * 9).astype("uint8"), PIXELS[..., None], PIXELS.T.copy().T, []], ids=["uint8", "rank", "order", "empty"])
 def test_inputs_of_other_kinds(x):
     _, content = sequential((4, 4), layers.Flatten(), DenseMML(5), DenseMML(2, "softmax"))
@@ -149,6 +161,7 @@ def test_inputs_of_other_kinds(x):
     np.testing.assert_array_equal(model.predict(frozen, batch_size=2), expected)
 
 
+@pytest.mark.any_backend
 def test_inputs_of_another_shape_are_an_error():
     for part in (layers.Flatten(), layers.ReLU()):
         model = runtime.load(sequential((4, 4), part, DenseMML(5))[1])
@@ -175,6 +188,7 @@ def test_a_model_inside_with_several_inputs():
     assert np.abs(runtime.load(content)(x) - ops.convert_to_numpy(model(x))).max() < 1e-5
 
 
+@pytest.mark.any_backend
 def test_batches_are_for_one_input_and_one_output():
     inputs = keras.Input((6,))
     _, content = saved(keras.Model(inputs, [DenseMML(3)(inputs), DenseMML(2)(inputs)]))
@@ -186,6 +200,7 @@ def test_batches_are_for_one_input_and_one_output():
             runtime.load(content).predict(np.zeros((4, 6), "float32"), batch_size=size)
 
 
+@pytest.mark.any_backend
 def test_means_that_depend_on_the_backend_are_refused():
     _, content = sequential((4, 1), layers.AveragePooling1D(3, 2, padding="same"), DenseMML(2))
     with pytest.raises(ValueError, match="backends of Keras disagree"):
@@ -218,12 +233,14 @@ def test_a_language_model_writes_step_by_step(mixer, positions):
         loaded(np.full((1, 24), 30))
 
 
+@pytest.mark.any_backend
 def test_steps_need_layers_that_allow_them():
     model = runtime.load(sequential((6, 4), Conv1DMML(4, 2, padding="causal", name="looks_back"), GRUMML(4, return_sequences=True))[1])
     with pytest.raises(ValueError, match="'looks_back' looks at all steps at once"):
         model.get_initial_cache()
 
 
+@pytest.mark.any_backend
 def test_threads_share_a_model():
     _, content = sequential((30,), DenseMML(40, "relu"), DenseMML(20, "relu"), DenseMML(3))
     model = runtime.load(content)
@@ -243,6 +260,7 @@ class Doubling(keras.layers.Layer):
         return 2 * x
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "shape, dtype, part, message",
     [
@@ -262,6 +280,7 @@ def test_unknown_layers_are_named(shape, dtype, part, message):
         runtime.load(content)
 
 
+@pytest.mark.any_backend
 def test_foreign_files(tmp_path):
     model, content = sequential((4,), DenseMML(3, name="ternary"))
     unpacked = sequential((4,), DenseMML(3, name="ternary"), packed=False)[1]
@@ -300,6 +319,7 @@ def parts_of(content):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mask", ["true", "5", '["x"]'])
 def test_arguments_beside_the_inputs_are_named(mask):
     inputs = keras.Input((4,))
@@ -311,6 +331,7 @@ def test_arguments_beside_the_inputs_are_named(mask):
         runtime.load(rebuilt({**parts, "config.json": config.replace('"mask": null', f'"mask": {mask}')}))
 
 
+@pytest.mark.any_backend
 def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
     sequences, state = keras.Input((5, 4)), keras.Input((6,))
     _, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
@@ -318,6 +339,7 @@ def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
         runtime.load(content)
 
 
+@pytest.mark.any_backend
 def test_a_repacked_archive_loads_and_a_bomb_does_not():
     _, content = sequential((4,), DenseMML(3))
     assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name
@@ -330,6 +352,7 @@ def test_a_repacked_archive_loads_and_a_bomb_does_not():
         runtime.load(deep)
 
 
+@pytest.mark.any_backend
 def test_no_size_in_a_file_is_believed():
     config = json.loads(parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])["config.json"])
     parts = parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])
@@ -466,6 +489,7 @@ print(sorted(set(sys.modules) & {"keras", "torch", "h5py"} - {n for n in sys.mod
 """
 
 
+@pytest.mark.any_backend
 def test_it_needs_no_keras(tmp_path):
     model, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
     x = np.random.normal(size=(5, 6)).astype("float32")
@@ -478,6 +502,7 @@ def test_it_needs_no_keras(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0))
 
 
+@pytest.mark.any_backend
 def test_without_numba_numpy_computes_the_same(monkeypatch):
     _, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
     x = np.random.normal(size=(5, 6)).astype("float32")

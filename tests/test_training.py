@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import pytest
 
 from keras_mml.layers import DenseMML, RMSNorm
 
@@ -30,7 +29,7 @@ def test_weights_alone_can_be_saved_and_loaded(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     other = network()
     other.load_weights(tmp_path / "model.weights.h5")
-    for ours, theirs in zip(model.weights, other.weights):
+    for ours, theirs in zip(model.weights, other.weights, strict=True):
         np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(w) for w in (ours, theirs)))
 
 
@@ -41,6 +40,6 @@ def test_ten_layers_still_get_gradients():
     before = [keras.ops.convert_to_numpy(layer.kernel) for layer in model.layers]
     rng = np.random.default_rng(0)
     model.train_on_batch(rng.normal(size=(64, 20)).astype("float32"), rng.normal(size=(64, 2)).astype("float32"))
-    for kernel, layer in zip(before, model.layers):
+    for kernel, layer in zip(before, model.layers, strict=True):
         moved = keras.ops.convert_to_numpy(layer.kernel) != kernel
         assert moved.mean() > 0.3, layer.name
