@@ -10,6 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from cases import CASES, Case, data_side_by_side, side_by_side
 
 import keras_mml
 from keras_mml import distribution
@@ -17,42 +18,28 @@ from keras_mml import layers as L
 
 JAX = keras.backend.backend() == "jax"
 TASK, FOLDER = sys.argv[1], Path(sys.argv[2])
-pool = keras.layers.GlobalAveragePooling1D
 
 
-def families():
-    "A branch for each family: the shape of what goes in, and the layers that it goes through."
-    vector, sequence, tokens, image, sound = (16,), (6, 16), (6,), (8, 8, 3), (12, 4)
-    bounds = dict(forget_lower_bound=0.2, learn_lower_bound=True)
-    return {
-        "dense": (vector, [L.DenseMML(16, activation="relu", norm_gain=True, name="first"), L.DenseMML(12, scale="channel")]),
-        "gated": (vector, [L.GLUMML(8, intermediate_size=16), L.SwiGLUMML(8, intermediate_size=16)]),
-        "gru": (sequence, [L.GRUMML(8, return_sequences=True, **bounds), L.GRUMML(8, fully_mml=True, num_heads=2)]),
-        "lru": (sequence, [L.LRUMML(8, state_dim=8)]),
-        "attention": (sequence, [L.AttentionMML(4, 16, causal=False), pool()]),
-        "transformer": (tokens, [L.TokenEmbedding(6, 12, 16), L.TransformerBlockMML(16, 16, 4, rate=0.0, mixer="softmax"), pool()]),
-        "patches": (image, [L.Patches(4), L.PatchEmbedding(4, 16), L.RMSNorm(use_bias=True), pool()]),
-        "conv1d": (sound, [L.Conv1DMML(8, 3, name="listen"), pool()]),
-        "conv2d": (image, [L.Conv2DMML(8, 3), L.DepthwiseConv2DMML(3), keras.layers.GlobalAveragePooling2D()]),
-    }
+def divisible(case):
+    "The layer, with sizes that eight devices can share."
+    sizes = ("units", "filters", "state_dim", "out_dim", "embedding_dim", "vocab_size")
+    arguments = {name: -(-value // 8) * 8 if name in sizes else value for name, value in case.arguments.items()}
+    return Case(case.cls, arguments, case.input_shape, None, case.weights, case.tokens)
 
 
-def family_model():
-    "All branches side by side, each with an output and a loss of its own, so that one compiled step trains them all."
-    inputs, outputs = {}, {}
-    for name, (shape, branch) in families().items():
-        x = inputs[name] = keras.Input(shape, name=name, dtype="int32" if name == "transformer" else "float32")
-        for layer in branch:
-            x = layer(x)
-        outputs[name] = keras.layers.Dense(3, name=f"{name}_head")(x)
-    return keras.Model(inputs, outputs), dict.fromkeys(outputs, "mse")
+LAYERS = [divisible(case) for case in CASES]
 
 
-def family_data(rows=32):
-    rng, shapes = np.random.default_rng(0), {name: (rows, *shape) for name, (shape, _) in families().items()}
-    floats = {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
-    x = {**floats, "transformer": rng.integers(0, 12, shapes["transformer"]).astype("int32")}
-    return x, {name: rng.normal(size=(rows, 3)).astype("float32") for name in x}
+def layers_model():
+    "All layers side by side, each with an output and a loss of its own, so that one compiled step trains them all."
+    model = side_by_side(LAYERS)
+    return model, dict.fromkeys(model.output, "mse")
+
+
+def layers_data(rows=32):
+    x = data_side_by_side(LAYERS, rows)
+    rng = np.random.default_rng(0)
+    return x, {name: rng.normal(size=(rows, 2)).astype("float32") for name in x}
 
 
 def small_model():
@@ -71,7 +58,8 @@ def ways():
         mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"])
         parallel = distribution.ModelParallel(distribution.layout_map(mesh))
         return {"one": within(None), "data": within(keras.distribution.DataParallel()), "model": within(parallel)}
-    return {"one": lambda make: make(), "ddp": lambda make: distribution.data_parallel(make()), "fsdp": lambda make: distribution.fully_shard(make())}
+    ddp, fsdp = distribution.data_parallel, distribution.fully_shard
+    return {"one": lambda make: make(), "ddp": lambda make: ddp(make()), "fsdp": lambda make: fsdp(make())}
 
 
 def within(value):
@@ -100,7 +88,7 @@ def fit(way, model, data, epochs, batch_size=16):
 
         values = torch.tensor(list(history.values()))
         torch.distributed.all_reduce(values)
-        history = dict(zip(history, (values / count).tolist()))
+        history = dict(zip(history, (values / count).tolist(), strict=True))
     return history
 
 
@@ -115,11 +103,11 @@ def shape_here(variable):
     return value.addressable_shards[0].data.shape if JAX else tuple(getattr(value, "to_local", lambda: value)().shape)
 
 
-def train_families():
-    "Losses, weights and the shapes of parts for each way; of the last, also what it predicts, and what its checkpoint does when it is packed."
-    data = family_data()
+def train_layers():
+    "Losses, weights and shapes of parts for each way; of the last, also what it predicts, and what its checkpoint does when packed."
+    data = layers_data()
     for way, prepare in ways().items():
-        model = prepare(lambda: compiled(family_model))
+        model = prepare(lambda: compiled(layers_model))
         losses = fit(way, model, data, epochs=2)
         parts = [[v.path, list(v.shape), list(shape_here(v))] for v in model.trainable_variables]
         with distribution.gathered(model):
@@ -131,7 +119,8 @@ def train_families():
     if distribution.process()[0] == 0:
         keras.distribution.set_distribution(None)
         packed = keras_mml.pack(keras.saving.load_model(FOLDER / "last.keras")).predict(data[0], batch_size=16, verbose=0)
-        write("last.json", dict(packed={name: np.abs(packed[name] - predicted[name]).max(axis=1).tolist() for name in packed}, scales=scales))
+        gaps = {name: np.abs(packed[name] - predicted[name]).max(axis=1).tolist() for name in packed}
+        write("last.json", dict(packed=gaps, scales=scales))
 
 
 def scales_of(model):
@@ -140,9 +129,9 @@ def scales_of(model):
 
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, L.DenseMML) and layer.scale == "tensor"]
     kernels = [layer.kernel.value for layer in layers]
-    gammas = jax.jit(lambda kernels: [layer.kernel_quantizer.quantize(k)[1] for layer, k in zip(layers, kernels)])(kernels)
+    gammas = jax.jit(lambda kernels: [layer.kernel_quantizer.quantize(k)[1] for layer, k in zip(layers, kernels, strict=True)])(kernels)
     means = [[float(np.abs(np.asarray(array)).mean()) for array in (k, k.addressable_shards[0].data)] for k in kernels]
-    return [[float(gamma), *mean] for gamma, mean in zip(gammas, means)]
+    return [[float(gamma), *mean] for gamma, mean in zip(gammas, means, strict=True)]
 
 
 def save_each():
@@ -160,7 +149,7 @@ def go_on_from_each():
     "Load each checkpoint in each way, and go on for two epochs."
     for path in sorted(FOLDER.glob("*.keras")):
         for way, prepare in ways().items():
-            model = prepare(lambda: keras.saving.load_model(path))
+            model = prepare(lambda path=path: keras.saving.load_model(path))
             fit(way, model, small_data(), epochs=2)
             with distribution.gathered(model):
                 write_state(f"{path.stem}-{keras.backend.backend()}-{way}", model)
@@ -187,11 +176,11 @@ def corner_cases():
     ]:
         results = []
         for way in ("one", "fsdp"):
-            model = ways()[way](lambda: compiled(make, optimizer()))
+            model = ways()[way](lambda make=make, optimizer=optimizer: compiled(make, optimizer()))
             fit(way, model, small_data(), epochs=2)
             with distribution.gathered(model):
                 results.append(model.get_weights())
-        for one, other in zip(*results):
+        for one, other in zip(*results, strict=True):
             assert np.median(np.abs(one - other)) < 1e-6 and np.abs(one - other).max() < 2e-3, (name, np.abs(one - other).max())
     for message, function in {
         "regularizers": lambda: distribution.fully_shard(compiled(regularized_model)),

@@ -113,13 +113,19 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, capsys):
     assert not captured.out and not Path("out.keras").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["pack", "one.keras"], ["bench", "x.keras", "--batch", "0"], ["info", "x", "--shape", "a"], ["bench", "x", "--seconds", "nan"], ["bench", "x", "--seconds", "-1"]])
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["unknown"], ["pack", "one.keras"], ["bench", "x.keras", "--batch", "0"], ["info", "x", "--shape", "a"],
+     ["bench", "x", "--seconds", "nan"], ["bench", "x", "--seconds", "-1"]],
+)  # fmt: skip
 def test_commands_that_cannot_be_understood_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2 and "usage: keras-mml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_works_without_a_chosen_backend(folder):
     "As a process of its own, as whoever just installed the package runs it."
     if keras.backend.backend() == "jax":

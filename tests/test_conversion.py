@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from cases import BACKEND, array, packable
 from keras import layers, ops
 
 from keras_mml import layers as matmul_free
@@ -13,19 +14,14 @@ from keras_mml.conversion import conversion_plan, fit_scale, ternarize, to_dense
 from keras_mml.layers.packed import PackableLayer
 from keras_mml.quantizers import AbsmeanTernary
 
-BACKEND = keras.backend.backend()
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 def mlp():
-    return keras.Sequential([keras.Input((12,)), layers.Dense(16, activation="relu", name="first"), layers.Dense(8, name="second"), layers.Dense(3)])
+    hidden = [layers.Dense(16, activation="relu", name="first"), layers.Dense(8, name="second")]
+    return keras.Sequential([keras.Input((12,)), *hidden, layers.Dense(3)])
 
 
 def encoder(dim=16, length=6):
@@ -107,12 +103,13 @@ def test_the_model_stays_as_it_was_and_the_copy_is_compiled_like_it(tmp_path):
     model.compile(keras.optimizers.SGD(0.03), "mae", metrics=["mse"])
     before = [array(w) for w in model.weights]
     ternary = ternarize(model, calibration=normal(32, 12), verbose=False)
-    for w, old in zip(model.weights, before):
+    for w, old in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(array(w), old)
     assert type(model.layers[0]) is layers.Dense and model.layers[0].activation is keras.activations.relu
     assert ternary.layers[0].activation is keras.activations.relu
     x, y = normal(8, 12), normal(8, 3)
-    assert isinstance(ternary.optimizer, keras.optimizers.SGD) and set(ternary.evaluate(x, y, return_dict=True, verbose=0)) == {"loss", "mse"}
+    assert isinstance(ternary.optimizer, keras.optimizers.SGD)
+    assert set(ternary.evaluate(x, y, return_dict=True, verbose=0)) == {"loss", "mse"}
     ternary.fit(x, y, verbose=0)
     ternary.save(tmp_path / "m.keras")
     np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(x)), array(ternary(x)))
@@ -170,7 +167,8 @@ def test_grouped_queries_and_recurrences():
     np.testing.assert_allclose(array(twin.cell.output_map.kernel_quantizer(twin.cell.output_map.kernel)), np.eye(8), atol=1e-6)
     attention = model.layers[1]
     x = normal(3, 6, 16)
-    again = ternarize(keras.Model(attention.input if not isinstance(attention.input, list) else attention.input[0], attention.output), last=True, verbose=False)
+    first = attention.input[0] if isinstance(attention.input, list) else attention.input
+    again = ternarize(keras.Model(first, attention.output), last=True, verbose=False)
     assert array(again(x)).shape == (3, 6, 16)
     correlation = np.corrcoef(array(again(x)).ravel(), array(attention(x, x)).ravel())[0, 1]
     assert correlation > 0.5
@@ -193,7 +191,7 @@ def test_mobilenet_is_converted_and_packed():
     kinds = [type(layer).__name__ for layer in ternary.layers]
     assert kinds.count("Conv2DMML") == 35 and kinds.count("DepthwiseConv2D") == 17 and kinds[-1] == "Dense"
     everything = ternarize(model, last=True, verbose=False)
-    assert sum(isinstance(layer, PackableLayer) for layer in everything.layers) == 53
+    assert len(packable(everything)) == 53
     x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype("float32")
     packed = pack(everything)
     np.testing.assert_allclose(array(packed(x)), array(everything(x)), atol=0.05)
@@ -354,7 +352,7 @@ def test_layers_that_are_quantised_or_adapted_otherwise():
     adapted.layers[0].enable_lora(2)
     adapted.layers[0].lora_kernel_b.assign(normal(2, 16))
     whole = mlp()
-    for layer, other in zip(whole.layers, adapted.layers):
+    for layer, other in zip(whole.layers, adapted.layers, strict=True):
         layer.kernel.assign(other.kernel)
     kernels = [array(ternarize(m, verbose=False).layers[0].kernel) for m in (adapted, whole)]
     np.testing.assert_allclose(*kernels, rtol=1e-5)
@@ -373,12 +371,13 @@ def test_activations_may_be_functions_or_layers_with_weights():
 
 @pytest.mark.parametrize("scale", ["tensor", "channel"])
 @pytest.mark.parametrize("order", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("kind", [lambda **k: layers.Conv2D(6, 3, **k), lambda **k: layers.DepthwiseConv2D(3, depth_multiplier=2, **k)], ids=["conv", "depthwise"])
-def test_calibration_knows_where_the_channels_are(kind, order, scale):
+@pytest.mark.parametrize("cls, arguments", [(layers.Conv2D, dict(filters=6)), (layers.DepthwiseConv2D, dict(depth_multiplier=2))])
+def test_calibration_knows_where_the_channels_are(cls, arguments, order, scale):
     if BACKEND == "tensorflow" and order == "channels_first":
         pytest.skip("tensorflow has no convolutions with channels first on the CPU")
     x = normal(8, 9, 9, 4) if order == "channels_last" else normal(8, 4, 9, 9)
-    model = shaken(graph(kind(padding="same", data_format=order), layers.Flatten(), layers.Dense(2), shape=x.shape[1:]))
+    convolution = cls(kernel_size=3, padding="same", data_format=order, **arguments)
+    model = shaken(graph(convolution, layers.Flatten(), layers.Dense(2), shape=x.shape[1:]))
     fitted = [ternarize(model, calibration=batch, scale=scale, verbose=False).layers[0] for batch in (None, x)]
     errors = [np.square(array(layer(x)) - array(model.layers[0](x))).mean() for layer in fitted]
     assert errors[1] <= errors[0] * 1.0001

@@ -8,6 +8,8 @@ import pytest
 
 from keras_mml import datasets
 
+pytestmark = pytest.mark.any_backend  # arrays of NumPy
+
 
 def test_same_arrays_as_the_file():
     (x_train, y_train), (x_test, y_test) = datasets.load_mnist()

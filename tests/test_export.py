@@ -12,30 +12,23 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from cases import BACKEND, array, packable, ternary_cases
 from keras import ops
-from test_family import ATTENTION, CASES, each
 
 import keras_mml
 from keras_mml import pack
-from keras_mml.layers import Conv2DMML, DenseMML, DepthwiseConv2DMML, GRUMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
-from keras_mml.layers.packed import PackableLayer
+from keras_mml.layers import GRUMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, SwiGLUMML, TokenEmbedding, TransformerBlockMML
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("torch")
 
-BACKEND = keras.backend.backend()
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="The other backends hand the model to a process with torch, which one test does.")
-ternary = [c for c in CASES + ATTENTION if hasattr(c.cls(**c.arguments), "packed") and c.arguments.get("use_mml", True)]
 
 
 def floats(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
 def export(model, path, **options):
@@ -46,7 +39,7 @@ def export(model, path, **options):
 
 
 def run(session, *inputs):
-    return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs)})
+    return session.run(None, {spec.name: x for spec, x in zip(session.get_inputs(), inputs, strict=True)})
 
 
 def assert_same(outputs, expected, tolerance=3e-5):
@@ -68,18 +61,18 @@ def nodes(path):
 
 
 @on_torch
-@each(ternary)
+@ternary_cases
 def test_every_family_gives_the_outputs_of_keras_for_any_batch(case, tmp_path):
     x = case.input()
     model = keras.Model(x, case.apply(case.make(), x))
-    for layer in model._flatten_layers():
-        if isinstance(layer, PackableLayer) and layer.bias is not None:
+    for layer in packable(model):
+        if layer.bias is not None:
             layer.bias.assign(floats(*layer.bias.shape))
     session, packed = export(model, tmp_path / "model.onnx"), pack(model)  # from the latent model
     for rows in (1, 3, 17):
         data = case.data(rows, seed=rows)
         assert_same(run(session, data)[0], packed(data))
-    products = sum(isinstance(layer, PackableLayer) and getattr(layer, "has_full_rows", True) for layer in model._flatten_layers())
+    products = sum(getattr(layer, "has_full_rows", True) for layer in packable(model))
     assert nodes(tmp_path / "model.onnx").count("MatMulNBits") >= products
     content = (tmp_path / "model.onnx").read_bytes()
     secrets = (b"site-packages", b"torch", b"def forward", str(Path(keras_mml.__file__).parent).encode(), os.getcwd().encode())
@@ -150,7 +143,7 @@ def test_zeros_and_numbers_that_are_not_finite(norm, seed, tmp_path):
 
 def weights_of(model):
     "Bytes of the weights: 2 bits for a trit, 4 bytes for a number, one scale where all are equal."
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
+    layers = packable(model)
     theirs = {id(weight) for layer in layers for weight in layer.weights}
     total = sum(4 * math.prod(weight.shape) for weight in model.weights if id(weight) not in theirs)
     for layer in layers:
@@ -204,7 +197,7 @@ def test_several_inputs_and_outputs_and_a_shared_layer(tmp_path):
     model = keras.Model([left, right], [shared(left) + shared(right), keras.layers.Dense(3)(left), right])
     session, packed = export(model, tmp_path / "model.onnx"), pack(model)
     x = [floats(9, 20, seed=1), floats(9, 20, seed=2)]
-    for got, wanted in zip(run(session, *x), packed(x)):
+    for got, wanted in zip(run(session, *x), packed(x), strict=True):
         assert_same(got, wanted)
     assert [spec.name for spec in session.get_inputs()] == ["left", "right"]
     assert [spec.name for spec in session.get_outputs()] == ["output_0", "output_1", "output_2"]
@@ -281,7 +274,7 @@ def test_layers_with_equal_trits_keep_their_own_scales_and_shapes(exact, tmp_pat
     for factor, layer in enumerate((first, second, narrow, short), start=1):
         layer.kernel.assign(factor * kernel[: layer.kernel.shape[0], : layer.units])
     model = keras.Model(inputs, outputs)
-    for output, expected in zip(run(export(model, tmp_path / "model.onnx", exact=exact), x), pack(model)(x)):
+    for output, expected in zip(run(export(model, tmp_path / "model.onnx", exact=exact), x), pack(model)(x), strict=True):
         assert_same(output, expected, tolerance=3e-5 if exact else 0.02)
 
 
@@ -301,7 +294,7 @@ def test_inputs_and_outputs_of_any_name(tmp_path):
     x, y = floats(5, 4), floats(5, 4, seed=1)
     first, second = keras.Input((4,), name="_0"), keras.Input((4,), name="_w0")
     model = keras.Model([first, second], [DenseMML(3)(first), DenseMML(2)(second)])
-    for output, expected in zip(run(export(model, tmp_path / "a.onnx"), x, y), pack(model)([x, y])):
+    for output, expected in zip(run(export(model, tmp_path / "a.onnx"), x, y), pack(model)([x, y]), strict=True):
         assert_same(output, expected)
     inputs = keras.Input((4,), name="x")
     session = export(keras.Model({"x": inputs}, {"x": DenseMML(3)(inputs)}), tmp_path / "b.onnx")
@@ -336,7 +329,8 @@ def test_errors(tmp_path):
     refused(tmp_path, "model", "takes a Keras model. Received: 'model' of type str")
     refused(tmp_path, keras.Sequential([DenseMML(3)]), "has no weights to export yet")
     refused(tmp_path, keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), "has no ternary layer. Keras exports it itself")
-    refused(tmp_path, keras.Sequential([keras.Input((5, 8), batch_size=3), GRUMML(4, stateful=True, name="memory")]), "'memory' .* keeps a state")
+    stateful = keras.Sequential([keras.Input((5, 8), batch_size=3), GRUMML(4, stateful=True, name="memory")])
+    refused(tmp_path, stateful, "'memory' .* keeps a state")
     refused(tmp_path, keras.Sequential([keras.Input((None, 8)), GRUMML(4, name="scan")]), "'scan' .* depends on axis 1 of input 'input'")
     model = keras.Sequential([keras.Input((3,)), DenseMML(2)])
     with pytest.raises(FileNotFoundError, match="does not exist. Received: path="):
@@ -356,6 +350,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         keras_mml.export_onnx(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="For the other backends.")
 def test_from_this_backend(tmp_path):
     model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
@@ -375,6 +370,7 @@ np.save("expected.npy", keras_mml.pack(model).predict(np.load("x.npy"), verbose=
 """
 
 
+@pytest.mark.slow
 @on_torch
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_from_jax(tmp_path):

@@ -11,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from keras_mml.hdf5 import read_hdf5
 
+pytestmark = pytest.mark.any_backend  # NumPy and h5py
+
 DTYPES = st.sampled_from(["u1", "i1", "<u2", "<i2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"])
 ARRAYS = DTYPES.flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/.\0", exclude_categories=["Cs"]), min_size=1, max_size=30)

@@ -17,7 +17,7 @@ from keras_mml.kernels import linear_numpy, product_numpy, ternary_linear
 from keras_mml.packing import pack_ternary, packed_shape, unpack_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "torch", reason="the kernels know no backend: once is enough")
+pytestmark = pytest.mark.any_backend  # the kernels know none
 vector_kernels = kernels.vector_kernels()
 needs_numba = pytest.mark.skipif(vector_kernels is None, reason="numba is not installed")
 sizes = st.integers(1, 300) | st.sampled_from([15, 16, 17, 63, 64, 65, 128, 1000])
@@ -131,7 +131,7 @@ def test_many_python_threads_at_once(parallel, monkeypatch):
     monkeypatch.setattr(kernels, "PARALLEL", parallel)
     problems = [problem(rows, 200, 130, rows) for rows in range(1, 33)] * 6
     with ThreadPoolExecutor(8) as pool:
-        for (q, trits), y in zip(problems, pool.map(lambda p: sums(*p), problems)):
+        for (q, trits), y in zip(problems, pool.map(lambda p: sums(*p), problems), strict=True):
             np.testing.assert_array_equal(y, q @ trits)
 
 
@@ -155,6 +155,7 @@ def check():
 """
 
 
+@pytest.mark.slow
 @needs_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_computes_the_same():
@@ -178,6 +179,7 @@ print(os.waitpid(child, 0)[1])
 HOST = set() if vector_kernels is None else vector_kernels.cpu_features()
 
 
+@pytest.mark.slow
 @needs_numba
 @pytest.mark.parametrize(
     "name, features, expected",

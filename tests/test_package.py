@@ -12,6 +12,8 @@ import pytest
 
 from keras_mml import layers
 
+pytestmark = pytest.mark.any_backend  # files
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
@@ -62,6 +64,7 @@ def test_layers_say_what_they_take_and_show_an_example(name):
     assert all(part in text for part in parts) or re.search(r"[Aa]rguments\b.* those of `\w+MML`", text)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_no_data(tmp_path):
     pytest.importorskip("build")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from cases import BACKEND, FULL
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from keras import ops
@@ -18,12 +19,14 @@ matrices = hnp.arrays(
     st.sampled_from([(1, 1), (1, 9), (9, 1), (2, 3), (8, 5), (1, 1, 1), (3, 1, 2), (2, 4, 7)]),
     elements=st.floats(-1e4, 1e4, width=32),
 )
+examples = settings(max_examples=100 if BACKEND == "torch" or FULL else 30)  # on jax and tensorflow, each takes longer
 
 
 def numpy(tensors):
     return [ops.convert_to_numpy(t) for t in tensors]
 
 
+@examples
 @given(matrices)
 def test_trits_are_the_nearest(w):
     trits, scale = numpy(absmean_ternary(w))
@@ -33,6 +36,7 @@ def test_trits_are_the_nearest(w):
     np.testing.assert_allclose(np.abs(w / scale - trits), candidates.min(0), atol=1e-5)
 
 
+@examples
 @given(matrices, st.sampled_from([0.5, 2.0, 1024.0]))
 def test_trits_do_not_depend_on_the_size_of_the_weights(w, factor):
     if np.abs(w).mean() < 1e-3:
@@ -40,6 +44,7 @@ def test_trits_do_not_depend_on_the_size_of_the_weights(w, factor):
     np.testing.assert_array_equal(*(numpy(absmean_ternary(v))[0] for v in (w, w * np.float32(factor))))
 
 
+@examples
 @given(matrices)
 def test_channel_scales_belong_to_the_last_axis(w):
     trits, scale = numpy(AbsmeanTernary("channel").quantize(w))
@@ -49,6 +54,7 @@ def test_channel_scales_belong_to_the_last_axis(w):
         np.testing.assert_allclose(scale[..., unit].item(), alone_scale, rtol=1e-5)
 
 
+@examples
 @given(matrices, st.integers(2, 8))
 def test_integers_are_in_range_and_within_half_a_step(x, bits):
     q, scale = numpy(absmax_int(x, bits=bits))
@@ -59,12 +65,14 @@ def test_integers_are_in_range_and_within_half_a_step(x, bits):
     assert (np.abs(q).max(-1)[rows] == limit).all()  # the largest value of a row uses the whole range
 
 
+@examples
 @given(matrices)
 def test_rows_do_not_see_each_other(x):
     q, _ = numpy(absmax_int(x))
     np.testing.assert_array_equal(q[:1], numpy(absmax_int(x[:1]))[0])
 
 
+@examples
 @given(matrices, st.sampled_from([AbsmeanTernary(), AbsmeanTernary("channel"), AbsmaxInt(), AbsmaxInt(3)]))
 def test_gradients_pass_unchanged(x, quantizer):
     upstream = np.linspace(-1, 1, x.size, dtype="float32").reshape(x.shape)
@@ -72,6 +80,7 @@ def test_gradients_pass_unchanged(x, quantizer):
     np.testing.assert_array_equal(gradient, upstream)
 
 
+@examples
 @given(matrices, st.floats(-1e4, 1e4, width=32))
 def test_the_forward_pass_uses_exactly_three_numbers(w, outlier):
     w.flat[0] = outlier

@@ -1,5 +1,6 @@
-"""The runtime: what it predicts against Keras, what it refuses, and ten thousand damaged files."""
+"""The runtime: what it predicts against Keras, what it refuses, and thousands of damaged files."""
 
+# ruff: noqa: E501
 import io
 import json
 import os
@@ -17,13 +18,23 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from cases import CASES, VARIANTS, data_side_by_side, lengths, side_by_side
 from keras import layers, ops
 
 import keras_mml
 from keras_mml import kernels, runtime
 from keras_mml.layers import (
-    AttentionMML, Conv1DMML, Conv2DMML, DenseMML, DepthwiseConv2DMML, GLUMML, GeGLUMML, GRUMML, LRUMML, PatchEmbedding, Patches, RMSNorm,
-    SwiGLUMML, TokenEmbedding, TransformerBlockMML,
+    GRUMML,
+    Conv1DMML,
+    Conv2DMML,
+    DenseMML,
+    DepthwiseConv2DMML,
+    MultiHeadAttentionMML,
+    PatchEmbedding,
+    Patches,
+    RMSNorm,
+    TokenEmbedding,
+    TransformerBlockMML,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,13 +84,19 @@ MODELS = {
                                   layers.Flatten(), DenseMML(4)]),
     "sequences": ((16, 4), [Conv1DMML(6, 3, padding="causal", dilation_rate=2, activation="relu"), layers.Conv1D(5, 2, strides=2, padding="causal"),
                             layers.AveragePooling1D(2), Conv1DMML(6, 2), layers.MaxPooling1D(2, padding="same"), layers.Flatten(), DenseMML(4)]),
-    "gru": ((7, 10), [GRUMML(12, num_heads=3, forget_lower_bound=[0.1, 0.5, 0.9], learn_lower_bound=True, return_sequences=True), GRUMML(6, fully_mml=True, go_backwards=True), DenseMML(3)]),
-    "lru": ((7, 10), [LRUMML(6, 8, return_sequences=True, use_bias=True), LRUMML(5, 4, fully_mml=True), DenseMML(3)]),
-    "gated": ((10,), [GLUMML(8, intermediate_size=16), SwiGLUMML(8, intermediate_size=12, use_bias=False), GeGLUMML(6, hidden_ratio=2), DenseMML(3)]),
-    "attention": ((6, 8), [AttentionMML(2, 8), AttentionMML(2, 8, causal=False, fully_mml=False), DenseMML(3)]),
     "vision": ((8, 8, 1), [Patches(4), PatchEmbedding(4, 8, with_positions=True), TransformerBlockMML(8, 16, 2, mixer="softmax", causal=False, rotary=False),
                            layers.GlobalAveragePooling1D(), DenseMML(3)]),
 }  # fmt: skip
+
+
+def test_every_layer_predicts_what_it_predicts_in_keras():
+    cases = [case for case in CASES + VARIANTS if case.cls is not MultiHeadAttentionMML]
+    model, content = saved(side_by_side(cases))
+    x = data_side_by_side(cases, 50)
+    expected, received = model.predict(x, verbose=0), runtime.load(content)(x)
+    gaps = {case.name: differences(expected[name], received[name]) for name, case in zip(x, cases, strict=True)}
+    assert len(gaps) == len(cases)
+    assert not {name: np.sort(g)[-8:] for name, g in gaps.items() if (g > 1e-5).mean() > 0.1 or g.max() >= 0.05}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,6 +147,7 @@ def test_a_convolution_rounds_as_keras_does():
     np.testing.assert_allclose(scale, our_scale, rtol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("x", [(99 + PIXELS * 9).astype("uint8"), PIXELS[..., None], PIXELS.T.copy().T, []], ids=["uint8", "rank", "order", "empty"])
 def test_inputs_of_other_kinds(x):
     _, content = sequential((4, 4), layers.Flatten(), DenseMML(5), DenseMML(2, "softmax"))
@@ -144,6 +162,7 @@ def test_inputs_of_other_kinds(x):
     np.testing.assert_array_equal(model.predict(frozen, batch_size=2), expected)
 
 
+@pytest.mark.any_backend
 def test_inputs_of_another_shape_are_an_error():
     for part in (layers.Flatten(), layers.ReLU()):
         model = runtime.load(sequential((4, 4), part, DenseMML(5))[1])
@@ -170,6 +189,7 @@ def test_a_model_inside_with_several_inputs():
     assert np.abs(runtime.load(content)(x) - ops.convert_to_numpy(model(x))).max() < 1e-5
 
 
+@pytest.mark.any_backend
 def test_batches_are_for_one_input_and_one_output():
     inputs = keras.Input((6,))
     _, content = saved(keras.Model(inputs, [DenseMML(3)(inputs), DenseMML(2)(inputs)]))
@@ -181,6 +201,7 @@ def test_batches_are_for_one_input_and_one_output():
             runtime.load(content).predict(np.zeros((4, 6), "float32"), batch_size=size)
 
 
+@pytest.mark.any_backend
 def test_means_that_depend_on_the_backend_are_refused():
     _, content = sequential((4, 1), layers.AveragePooling1D(3, 2, padding="same"), DenseMML(2))
     with pytest.raises(ValueError, match="backends of Keras disagree"):
@@ -213,12 +234,14 @@ def test_a_language_model_writes_step_by_step(mixer, positions):
         loaded(np.full((1, 24), 30))
 
 
+@pytest.mark.any_backend
 def test_steps_need_layers_that_allow_them():
     model = runtime.load(sequential((6, 4), Conv1DMML(4, 2, padding="causal", name="looks_back"), GRUMML(4, return_sequences=True))[1])
     with pytest.raises(ValueError, match="'looks_back' looks at all steps at once"):
         model.get_initial_cache()
 
 
+@pytest.mark.any_backend
 def test_threads_share_a_model():
     _, content = sequential((30,), DenseMML(40, "relu"), DenseMML(20, "relu"), DenseMML(3))
     model = runtime.load(content)
@@ -238,6 +261,7 @@ class Doubling(keras.layers.Layer):
         return 2 * x
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "shape, dtype, part, message",
     [
@@ -257,6 +281,7 @@ def test_unknown_layers_are_named(shape, dtype, part, message):
         runtime.load(content)
 
 
+@pytest.mark.any_backend
 def test_foreign_files(tmp_path):
     model, content = sequential((4,), DenseMML(3, name="ternary"))
     unpacked = sequential((4,), DenseMML(3, name="ternary"), packed=False)[1]
@@ -295,6 +320,7 @@ def parts_of(content):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mask", ["true", "5", '["x"]'])
 def test_arguments_beside_the_inputs_are_named(mask):
     inputs = keras.Input((4,))
@@ -306,6 +332,7 @@ def test_arguments_beside_the_inputs_are_named(mask):
         runtime.load(rebuilt({**parts, "config.json": config.replace('"mask": null', f'"mask": {mask}')}))
 
 
+@pytest.mark.any_backend
 def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
     sequences, state = keras.Input((5, 4)), keras.Input((6,))
     _, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
@@ -313,6 +340,7 @@ def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
         runtime.load(content)
 
 
+@pytest.mark.any_backend
 def test_a_repacked_archive_loads_and_a_bomb_does_not():
     _, content = sequential((4,), DenseMML(3))
     assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name
@@ -325,6 +353,7 @@ def test_a_repacked_archive_loads_and_a_bomb_does_not():
         runtime.load(deep)
 
 
+@pytest.mark.any_backend
 def test_no_size_in_a_file_is_believed():
     config = json.loads(parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])["config.json"])
     parts = parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])
@@ -338,7 +367,7 @@ def test_no_size_in_a_file_is_believed():
         tracemalloc.stop()
 
 
-# ── Ten thousand damaged files ──────────────────────────────────────────────────────────────────────────────────────
+# ── Damaged files ──────────────────────────────────────────────────────────────────────────────────────
 
 STRANGE = [None, True, -1, 0, 1, 2, 3, 10**9, 2**63, -(2**70), 0.5, 1e999, float("nan"), "", "relu", "linear", "Dense", "keras_mml>GRUMML", "__keras_tensor__", "../x", [], {}, [[]], [None, 3]]
 
@@ -393,7 +422,10 @@ def damaged(content, parts, used, rng):
     return rebuilt({**parts, "config.json": json.dumps(config)})
 
 
-def test_ten_thousand_damaged_files(seed=0):
+@pytest.mark.slow
+@pytest.mark.any_backend
+@pytest.mark.parametrize("number_of_files", lengths(500, 10_000))
+def test_damaged_files(number_of_files, seed=0):
     "Each is a ValueError, while it is loaded or when it is called, or a model whose outputs are arrays."
     tiny = [
         (sequential((2, 2), layers.Rescaling(0.5), layers.Flatten(), DenseMML(3, "relu"), layers.Dense(2), DenseMML(2, "softmax"))[1], np.ones((2, 2, 2), "float32")),
@@ -409,7 +441,7 @@ def test_ten_thousand_damaged_files(seed=0):
         sources.append((content, parts, np.flatnonzero(np.frombuffer(parts["model.weights.h5"], np.uint8)).tolist(), x))
         assert runtime.load(content)(x).shape
     rng, outcomes, start = random.Random(seed), {"refused by load": 0, "refused when called": 0, "predicted": 0}, time.time()
-    for number in range(10_000):
+    for number in range(number_of_files):
         content, parts, used, x = sources[number % len(sources)]
         file = damaged(content, parts, used, rng)
         try:
@@ -425,7 +457,7 @@ def test_ten_thousand_damaged_files(seed=0):
         except ValueError:
             outcomes["refused when called"] += 1
     print(f"{sum(outcomes.values()):,} damaged files in {time.time() - start:.0f} s: {outcomes}")
-    assert sum(outcomes.values()) == 10_000 and min(outcomes.values()) > 20
+    assert sum(outcomes.values()) == number_of_files and min(outcomes.values()) > number_of_files // 500
 
 
 # ── Without Keras ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -458,6 +490,7 @@ print(sorted(set(sys.modules) & {"keras", "torch", "h5py"} - {n for n in sys.mod
 """
 
 
+@pytest.mark.any_backend
 def test_it_needs_no_keras(tmp_path):
     model, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
     x = np.random.normal(size=(5, 6)).astype("float32")
@@ -470,6 +503,7 @@ def test_it_needs_no_keras(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0))
 
 
+@pytest.mark.any_backend
 def test_without_numba_numpy_computes_the_same(monkeypatch):
     _, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
     x = np.random.normal(size=(5, 6)).astype("float32")

@@ -2,11 +2,8 @@
 
 import keras
 import numpy as np
-import pytest
 
 from keras_mml.layers import DenseMML, RMSNorm
-
-ARGUMENTS = [{}, dict(norm=None, scale="channel"), dict(norm_gain=True, activation_bits=4, kernel_regularizer="l2")]
 
 
 def network(**arguments):
@@ -25,28 +22,6 @@ def one_epoch(model, seed):
     model.fit(x[order], y[order], batch_size=16, epochs=1, shuffle=False, verbose=0)
 
 
-def all_variables(model):
-    return [keras.ops.convert_to_numpy(v) for v in [*model.variables, *model.optimizer.variables]]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_training_goes_on_bit_for_bit(arguments, tmp_path):
-    keras.utils.set_random_seed(7)
-    model = network(**arguments)
-    one_epoch(model, seed=1)
-    model.save(tmp_path / "after-one-epoch.keras")
-    one_epoch(model, seed=2)
-
-    resumed = keras.saving.load_model(tmp_path / "after-one-epoch.keras")
-    before = all_variables(resumed)
-    one_epoch(resumed, seed=2)
-    after = all_variables(resumed)
-    assert len(after) == len(all_variables(model)) > len(model.variables)
-    for uninterrupted, continued in zip(all_variables(model), after):
-        np.testing.assert_array_equal(continued, uninterrupted)
-    assert any((a != b).any() for a, b in zip(before, after))  # and it did train
-
-
 def test_weights_alone_can_be_saved_and_loaded(tmp_path):
     keras.utils.set_random_seed(7)
     model = network()
@@ -54,7 +29,7 @@ def test_weights_alone_can_be_saved_and_loaded(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     other = network()
     other.load_weights(tmp_path / "model.weights.h5")
-    for ours, theirs in zip(model.weights, other.weights):
+    for ours, theirs in zip(model.weights, other.weights, strict=True):
         np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(w) for w in (ours, theirs)))
 
 
@@ -65,6 +40,6 @@ def test_ten_layers_still_get_gradients():
     before = [keras.ops.convert_to_numpy(layer.kernel) for layer in model.layers]
     rng = np.random.default_rng(0)
     model.train_on_batch(rng.normal(size=(64, 20)).astype("float32"), rng.normal(size=(64, 2)).astype("float32"))
-    for kernel, layer in zip(before, model.layers):
+    for kernel, layer in zip(before, model.layers, strict=True):
         moved = keras.ops.convert_to_numpy(layer.kernel) != kernel
         assert moved.mean() > 0.3, layer.name
