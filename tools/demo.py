@@ -12,19 +12,18 @@ EMBEDDED = """<link rel="stylesheet" href="../assets/demo/digits.css">
 <script defer src="../assets/demo/digits.js"></script>"""
 
 
-def output_with_weights(notebook):
-    "The output of the notebook (as JSON) that shows the demo, and the weights in it."
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            found = WEIGHTS.search("".join(output.get("data", {}).get("text/html", "")))
-            if found:
-                return output, found[1]
+def read(notebooks):
+    "The tutorial below the folder `notebooks`, as JSON; its output that shows the demo; and the weights in that, as JSON text."
+    notebook = json.loads((notebooks / TUTORIAL).read_text(encoding="utf8"))
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
+        found = WEIGHTS.search("".join(output.get("data", {}).get("text/html", "")))
+        if found:
+            return notebook, output, found[1]
     raise SystemExit(f"{TUTORIAL} has no weights for the demo in its outputs. Execute it: make notebooks")
 
 
 def saved_weights(notebooks):
-    "The JSON text of the weights, from the tutorial below the folder `notebooks`."
-    return output_with_weights(json.loads((notebooks / TUTORIAL).read_text(encoding="utf8")))[1]
+    return read(notebooks)[2]
 
 
 def packed_model(weights):
@@ -46,10 +45,7 @@ def packed_model(weights):
 
 def prepare(notebooks):
     "Write assets/demo/weights.js, and let the tutorial load what its output held a copy of."
-    path = notebooks / TUTORIAL
-    notebook = json.loads(path.read_text(encoding="utf8"))
-    output, weights = output_with_weights(notebook)
-    script = f"window.kerasMmlDigitWeights = {weights};\n"
-    (notebooks / "assets" / "demo" / "weights.js").write_text(script, encoding="utf8")
+    notebook, output, weights = read(notebooks)
+    (notebooks / "assets" / "demo" / "weights.js").write_text(f"window.kerasMmlDigitWeights = {weights};\n", encoding="utf8")
     output["data"]["text/html"] = EMBEDDED
-    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1), encoding="utf8")
+    (notebooks / TUTORIAL).write_text(json.dumps(notebook, ensure_ascii=False, indent=1), encoding="utf8")

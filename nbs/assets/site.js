@@ -2,9 +2,10 @@
 {
   // The search index is a script: a browser that shows the site from a folder fetches nothing else.
   const here = document.currentScript.src, elsewhere = window.fetch;
+  if (location.protocol === "file:" && typeof shownWarning !== "undefined") shownWarning = true;  // Quarto's, that search needs a server
   window.fetch = (url, ...options) => !/search\.json$/.test(url) ? elsewhere(url, ...options) : new Promise((done, failed) => {
     const script = Object.assign(document.createElement("script"), {src: new URL("search.js", here), onerror: failed});
-    script.onload = () => done(new Response(JSON.stringify(window.searchIndex.map((entry, n) => ({objectID: String(n), ...entry})))));
+    script.onload = () => done(new Response(JSON.stringify(window.searchIndex)));
     document.head.append(script);
   });
 
@@ -19,9 +20,8 @@
     return [...found.values()].map(hit => [rank(hit), hit]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]).slice(0, limit);
   };
 
-  // The buttons that copy code, where the renderer's script will look for them.
-  const button = '<button title="Copy to Clipboard" aria-label="Copy the code" class="code-copy-button"><i class="bi"></i></button>';
-  document.querySelectorAll(".code-copy-outer-scaffold").forEach(block => block.insertAdjacentHTML("beforeend", button));
+  // Icons beside words, or without any, say nothing.
+  document.querySelectorAll("i.bi[role=img]:not([aria-label])").forEach(icon => { icon.ariaHidden = "true"; icon.removeAttribute("role"); });
 
   // Sections of the sidebar open and close with the keyboard, too.
   document.querySelectorAll(".sidebar-item-toggle:not([href])").forEach(toggle => {
