@@ -41,16 +41,35 @@ def load(path):
         raise Failure(f"{path}: {error.strerror}") from error
     if not is_archive:
         raise Failure(f"{path}: not a .keras file. Models are written by `model.save(\"name.keras\")`")
+    if path.suffix != ".keras":
+        raise Failure(f"{path}: the name of the file of a model must end in .keras")
     try:
+        _check_config(path)
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # whatever a damaged or foreign file makes Keras say
         raise Failure(f"{path}: could not be loaded. {_reason(error)}") from error
 
+def _check_config(path):
+    "Raise unless the archive describes a model as Keras 3 does: Keras says nothing helpful of another one."
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("config.json") if "config.json" in archive.namelist() else b"null"
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not {"module", "class_name", "config"} <= config.keys():
+        raise ValueError("It is damaged, or no model that Keras 3 saved")
+
+# %% ../nbs/command_line.ipynb #a4f0b6d9
 def _reason(error):
-    "What an error says, in one line and without the frame that Keras puts around what a layer raises."
+    "What an error says, in one line and without the frames that Keras puts around what a layer raises."
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(text)).splitlines()]
-    return next((line for line in lines if line and not line.startswith("Exception encountered when calling")), type(error).__name__)
+    text = re.sub(r"\x1b\[\d*m", "", str(text)).rpartition("Exception encountered: ")[2].partition(" Full object config: ")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    reason = next((line for line in lines if line and not line.startswith("Exception encountered when calling")), type(error).__name__)
+    if reason.startswith("Could not locate"):  # with advice for those who write Python
+        reason = f"{reason.partition('. ')[0]}, which is not of Keras or keras_mml. In Python, import it and use `keras_mml.summary` and `pack`"
+    return reason
 
 # %% ../nbs/command_line.ipynb #0cf35597
 def info(arguments):
@@ -113,11 +132,11 @@ def _inputs(model, batch, shape):
         size = shape or tensor.shape[1:]
         kind = keras.backend.standardize_dtype(tensor.dtype)
         if kind == "string":
-            raise Failure("The model takes texts, for which there are no inputs here")
+            raise ValueError("The model takes texts, for which there are no inputs here")
         return rng.normal(size=(batch, *size)).astype(kind) if "float" in kind else np.zeros((batch, *size), kind)
 
     if not getattr(model, "inputs", None):
-        raise Failure("The model does not say what its inputs are, so it cannot be measured here")
+        raise ValueError("The model does not say what its inputs are, so it cannot be measured here")
     return keras.tree.map_structure(batch_for, model.inputs[0] if isinstance(model, keras.Sequential) else model.input)
 
 def _medians(models, inputs, seconds):

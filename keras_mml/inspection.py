@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -136,6 +137,11 @@ def _is_shape(value):
     return len(sizes) > 0 and all(size is None or isinstance(size, numbers.Integral) and size > 0 for size in sizes)
 
 def _zeros(model, shape, dtype="float32"):
+    if dtype == "string" and keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"'{model.name}' takes texts, which are tensors with tensorflow only. Set KERAS_BACKEND=tensorflow, or show the model behind the "
+            "layer that reads them."
+        )
     if None in shape[1:]:
         raise ValueError(
             f"'{model.name}' does not know the sizes of its inputs. Pass them with the batch first, as in "
@@ -198,18 +204,21 @@ def _arguments(model, given):
 
 # %% ../nbs/inspection.ipynb #f67b57bb
 #| code-fold: true
+_TURN = threading.RLock()  # of the threads that lend something to layers
+
 def _watch(model, args, kwargs):
     "The calls that one prediction makes."
     parts = [part for _, part in _parts(model)]
     states = keras.tree.flatten([getattr(part, "states", None) or [] for part in parts if getattr(part, "stateful", False)])
-    before = [np.array(ops.convert_to_numpy(state)) for state in states]
-    calls = _Calls(parts)
-    try:
-        model(*args, **kwargs, training=False)
-    finally:
-        calls.restore()
-        for state, value in zip(states, before):
-            state.assign(value)
+    with _TURN:
+        before = [np.array(ops.convert_to_numpy(state)) for state in states]
+        calls = _Calls(parts)
+        try:
+            model(*args, **kwargs, training=False)
+        finally:
+            calls.restore()
+            for state, value in zip(states, before):
+                state.assign(value)
     return calls.counts
 
 # %% ../nbs/inspection.ipynb #741f38d7
@@ -520,8 +529,9 @@ def _embedding(layer, inputs, outputs):
 # %% ../nbs/inspection.ipynb #e244391f
 #| code-fold: true
 _NODE_COSTS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "TrueDivide": (1, 0), "Divide": (1, 0), "Square": (1, 0)}
-_NODE_MOVES = """Absolute BroadcastTo Cast Concatenate Copy ExpandDims Flip GetItem Maximum Max Min Minimum Moveaxis Negative Pad Relu
-Repeat Reshape Split Squeeze Stack Swapaxes Take Tile Transpose Where""".split()
+_NODE_MOVES = """Absolute All Any Argmax Argmin BroadcastTo Cast Clip Concatenate Copy Equal ExpandDims Flip GetItem Greater GreaterEqual Less
+LessEqual LogicalAnd LogicalNot LogicalOr Maximum Max Min Minimum Moveaxis Negative NotEqual OnesLike Pad Relu Repeat Reshape Sign Split
+Squeeze Stack Swapaxes Take Tile Transpose Where ZerosLike""".split()
 
 def _node_operations(node, inputs, outputs):
     name = type(node).__name__
@@ -922,7 +932,7 @@ def _rounded(found, run):
             return outputs
         return watched_call
 
-    with ExitStack() as stack:
+    with _TURN, ExitStack() as stack:
         for path, layer in found:
             stack.enter_context(_replaced(layer, "call", watched(path, layer, layer.call)))
         run()

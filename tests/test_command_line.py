@@ -146,3 +146,30 @@ def test_models_of_texts_cannot_be_measured(capsys):
     keras.Model(texts, DenseMML(2)(keras.layers.Embedding(3, 4)(numbers))).save("texts.keras")
     assert main(["bench", "texts.keras"]) == 1
     assert "takes texts" in capsys.readouterr().err
+
+
+def test_foreign_archives_and_classes_are_named_in_one_short_line(capsys, tmp_path):
+    keras.saving.register_keras_serializable("tests")(Own)
+    keras.Sequential([keras.Input((4,)), Own()]).save(tmp_path / "own.keras")
+    keras.saving.get_custom_objects().pop("tests>Own", None)
+    (tmp_path / "renamed.zip").write_bytes((tmp_path / "own.keras").read_bytes())
+    for name, config in [("null", "null"), ("list", "[1]"), ("broken", "{"), ("keras2", '{"class_name": "Sequential", "config": {"name": "a"}}')]:
+        with zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as file:
+            file.writestr("config.json", config)
+    with zipfile.ZipFile(tmp_path / "nothing.keras", "w"):
+        pass
+    expected = {
+        "own.keras": "could not be loaded. Could not locate class 'Own', which is not of Keras or keras_mml. In Python, import it and use",
+        "renamed.zip": "the name of the file of a model must end in .keras",
+        **dict.fromkeys(["null.keras", "list.keras", "broken.keras", "keras2.keras", "nothing.keras"], "could not be loaded. It is damaged, or no model that Keras 3 saved"),
+    }  # fmt: skip
+    for name, message in expected.items():
+        for command in (["info"], ["bench"]):
+            assert main([*command, str(tmp_path / name)]) == 1
+            assert capsys.readouterr().err.startswith(f"keras-mml: {tmp_path / name}: {message}")
+
+
+def test_what_cannot_be_measured_is_named_with_its_file(capsys, tmp_path):
+    keras.Sequential([keras.layers.Dense(2)]).save(tmp_path / "open.keras")
+    assert main(["bench", str(tmp_path / "open.keras")]) == 1
+    assert capsys.readouterr().err.startswith(f"keras-mml: {tmp_path / 'open.keras'}: The model does not say what its inputs are")

@@ -86,3 +86,12 @@ def test_damaged_bytes_are_an_error_or_arrays(data):
     except ValueError:
         return
     assert sum(a.nbytes for a in arrays.values()) <= len(content) * max(1, len(arrays))
+
+
+def test_a_name_without_an_end_is_an_error():
+    content = bytearray(written({"layers/vars/0": np.ones(3, "<f4")}))
+    heap = content.index(b"HEAP")
+    size, start = (int.from_bytes(content[heap + at : heap + at + 8], "little") for at in (8, 24))
+    content[start : start + size] = b"x" * size
+    with pytest.raises(ValueError, match="A name in the HDF5 data has no end. The file is damaged."):
+        read_hdf5(content)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import keras
@@ -824,3 +825,31 @@ def test_plots_say_what_is_missing(model):
         plot_trits(DenseMML(3))
     with pytest.raises(ValueError, match="no latent weights"):
         plot_latent_weights(pack(model))
+
+
+def test_threads_that_look_at_one_model_leave_it_as_it_was():
+    model = chain(DenseMML(5), layers.Dense(3), shape=(4,))
+    expected, before = summary(model).to_dict(), [vars(layer).get("call") for layer in model.layers]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: summary(model).to_dict(), range(8)))
+    assert all(result["total"] == expected["total"] for result in found)
+    assert [vars(layer).get("call") for layer in model.layers] == before == [None, None]
+
+
+def test_comparisons_are_known_and_cost_nothing():
+    inputs = keras.Input((5,), dtype="int32")
+    model = keras.Model(inputs, layers.GRU(3)(layers.Embedding(7, 4, mask_zero=True)(inputs)))  # with `NotEqual` for the mask
+    assert all(r["complete"] for r in summary(model).rows)
+    floats = keras.Input((6,))
+    chosen = keras.Model(floats, ops.clip(ops.where(ops.logical_and(floats > 0, floats <= 2), floats, ops.sign(floats)), -1, 1))
+    total = summary(chosen).total
+    assert total["complete"] and (total["multiplications"], total["additions"]) == (0, 0)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="which has texts")
+def test_models_of_texts_are_named():
+    pytest.importorskip("tensorflow", reason="texts are tensors of tensorflow")
+    texts = keras.Input((1,), dtype="string", name="words")
+    model = keras.Model(texts, layers.Embedding(3, 4)(layers.StringLookup(vocabulary=["a", "b"])(texts)), name="reader")
+    with pytest.raises(ValueError, match="'reader' takes texts, which are tensors with tensorflow only"):
+        summary(model)
