@@ -1,15 +1,14 @@
-"""Check the built site: every link, anchor, image and script exists, and nothing is fetched from elsewhere.
-
-    python tools/check_site.py [_docs]
-"""
+"""Check the built site: every link, anchor, image and script exists, and nothing is fetched from elsewhere: tools/check_site.py [_docs]"""
 
 import re
 import sys
-from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from nbdev.config import get_config
+
+BASE = get_config(path=Path(__file__).resolve().parent.parent).doc_baseurl + "/"  # where links of the 404 page may begin
 NOT_LOADED = {"canonical", "alternate", "prev", "next"}  # a browser loads other <link>s by itself, and whatever has a src
 REMOTE = re.compile(r"(?:@import\s*|url\(\s*)[\"']?((?:https?:)?//[^\s)\"';]+)", re.I)  # in a style sheet, with or without url() and quotes
 
@@ -24,7 +23,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        self.ids |= {values[k] for k in ("id", "name") if values.get(k)}
+        self.ids |= {values.get("id"), values.get("name")}
         loaded = values.get("src") or (tag == "link" and values.get("rel") not in NOT_LOADED and values.get("href"))
         self.loads += [loaded] if loaded else []
         self.links += [values["href"]] if tag == "a" and values.get("href") else []
@@ -33,9 +32,6 @@ class Page(HTMLParser):
 
 def problems(site):
     "A line for everything that is wrong."
-    config = ConfigParser()
-    config.read(Path(__file__).resolve().parent.parent / "settings.ini")
-    base = config["DEFAULT"]["doc_baseurl"] + "/"  # where links of the 404 page may begin
     pages = {path: Page(path.read_text(encoding="utf8")) for path in site.rglob("*.html")}
     for path, page in pages.items():
         where = path.relative_to(site)
@@ -45,7 +41,7 @@ def problems(site):
             parts = urlsplit(url)
             if parts.scheme or parts.netloc:
                 continue
-            start, place = (site, parts.path.removeprefix(base)) if parts.path.startswith(base) else (path.parent, parts.path)
+            start, place = (site, parts.path.removeprefix(BASE)) if parts.path.startswith(BASE) else (path.parent, parts.path)
             target = (start / unquote(place)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
             if not target.exists():
@@ -59,7 +55,7 @@ def problems(site):
 if __name__ == "__main__":
     site = Path(sys.argv[1] if len(sys.argv) > 1 else "_docs").resolve()
     if not (site / "index.html").exists():
-        sys.exit(f"There is no site in {site.name}. Build it first: make docs")
+        sys.exit(f"There is no site in {site.name}. Build it first: make site")
     found = sorted(set(problems(site)))
     print("\n".join([*found, f"→ {len(list(site.rglob('*.html')))} pages checked, {len(found)} problems"]))
     sys.exit(bool(found))
