@@ -134,6 +134,18 @@ def each(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
+FIRST = list({case.cls: case for case in reversed(EVERY)}.values())  # one row of each class
+
+
+def rows(cases):
+    "Parameters of a test of many rows that are compiled anew: on jax and tensorflow, one row of each class unless KERAS_MML_FULL=1."
+    if FULL or BACKEND == "torch":
+        return pytest.mark.parametrize("cases", [cases], ids=["every row"])
+    reason = "The short form ran, with one row of each class. KERAS_MML_FULL=1 runs every row"
+    short, full = [case for case in cases if case in FIRST], pytest.param(cases, marks=pytest.mark.skip(reason=reason))
+    return pytest.mark.parametrize("cases", [short, full], ids=["one row a class", "every row"])
+
+
 every_case = each(EVERY)
 TERNARY = [case for case in EVERY if case.ternary]
 ternary_cases = each(TERNARY)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from cases import CASES, Case, data_side_by_side, side_by_side
+from cases import CASES, FULL, Case, data_side_by_side, side_by_side
 
 import keras_mml
 from keras_mml import distribution
@@ -27,7 +27,9 @@ def divisible(case):
     return Case(case.cls, arguments, case.input_shape, None, case.weights, case.tokens)
 
 
-LAYERS = [divisible(case) for case in CASES]
+# Of each class, the row with the most arguments, or all rows.
+ROWS = CASES if FULL else [max((c for c in CASES if c.cls is cls), key=lambda c: len(c.arguments)) for cls in {c.cls: 0 for c in CASES}]
+LAYERS = [divisible(case) for case in ROWS]
 
 
 def layers_model():

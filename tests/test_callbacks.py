@@ -10,7 +10,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from cases import BACKEND, TERNARY, data_side_by_side, side_by_side
+from cases import BACKEND, TERNARY, data_side_by_side, rows, side_by_side
 from keras import ops
 
 import keras_mml
@@ -305,17 +305,19 @@ def test_zero_is_float_training():
     assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
 
 
-def test_zero_is_float_training_for_every_layer():
+@pytest.mark.slow
+@rows(TERNARY)
+def test_zero_is_float_training_for_every_layer(cases):
     "All side by side, each with an output and a loss of its own."
-    x = data_side_by_side(TERNARY, 16)
+    x = data_side_by_side(cases, 16)
     y = {name: np.random.default_rng(2).normal(size=(16, 2)).astype("float32") for name in x}
 
     def losses(model, *callbacks):
         compiled(model)
         history = model.fit(x, y, epochs=3, callbacks=callbacks, batch_size=8, shuffle=False, verbose=0).history
-        return {case.name: history[f"{name}_loss"] for name, case in zip(x, TERNARY, strict=True)}
+        return {case.name: history[f"{name}_loss"] for name, case in zip(x, cases, strict=True)}
 
-    ternary, plain, floats = (side_by_side(TERNARY, **o) for o in ({}, {}, dict(scale=Unchanged(), activation_bits=Unchanged())))
+    ternary, plain, floats = (side_by_side(cases, **o) for o in ({}, {}, dict(scale=Unchanged(), activation_bits=Unchanged())))
     for other in (floats, plain):
         other.set_weights(ternary.get_weights())
     ours, theirs = losses(ternary, QuantizationWarmup(steps=1000, schedule=lambda progress: 0.0)), losses(floats)

@@ -12,7 +12,6 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from cases import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]  # the processes choose their backends
@@ -83,7 +82,7 @@ def test_every_layer_trains_as_on_one_device(backend, ways, tmp_path):
             does_not_divide = part == shape and shape[-1] == 2 if way == "model" else way == "fsdp" and shape[0] % 2
             assert is_cut or does_not_divide, (way, path, shape, part)
     last = json.loads((tmp_path / "last.json").read_text())
-    assert len(last["packed"]) == len(CASES)
+    assert len(last["packed"]) == len(one["losses"]) - 1 > 15  # without their sum
     for name, rows in last["packed"].items():
         assert np.median(rows) < 1e-5, (name, rows)
     for gamma, whole, _ in last["scales"]:

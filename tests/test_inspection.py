@@ -11,7 +11,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
-from cases import TERNARY, side_by_side
+from cases import TERNARY, rows, side_by_side
 from keras import layers, ops
 
 import keras_mml
@@ -561,8 +561,10 @@ def stored(path):
     return sum(sizes)
 
 
-def test_bytes_of_every_layer_are_those_of_packed_models(tmp_path):
-    model = side_by_side(TERNARY)
+@pytest.mark.slow
+@rows(TERNARY)
+def test_bytes_of_every_layer_are_those_of_packed_models(cases, tmp_path):
+    model = side_by_side(cases)
     packed = pack(model)
     packed.save(tmp_path / "packed.keras")
     latent, shipped = summary(model), summary(packed)
