@@ -14,7 +14,7 @@ import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from .arguments import check_divides, check_one_of, check_positive_integers, defined_last_dimension
-from .composed import Composed, dtype_config
+from .composed import Composed
 from ..quantizers import to_float32
 
 # %% ../../nbs/layers/recurrent.ipynb #cec7eb15
@@ -125,7 +125,7 @@ class ScanRNN(keras.layers.RNN):
     def get_config(self):
         config = super().get_config()
         del config["cell"]
-        return {**self.cell.get_config(), **config, "dtype": dtype_config(self)}
+        return {**self.cell.get_config(), **config}
 
     @classmethod
     def from_config(cls, config):
