@@ -65,7 +65,7 @@ def _compile_arguments(model):
         warnings.warn(f"The copy of '{model.name}' is not compiled. Call its `compile` before `evaluate`. {error}")
 
 def _packable_layers(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer) and layer.kernel_shape is not None]
+    return [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer) and (layer.built or layer.packed)]
 
 # %% ../nbs/conversion.ipynb #9f210183
 def fit_scale(

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from .arguments import check_positive_integers
-from .composed import Composed, dtype_config
+from .composed import Composed, stays_float
 
 # %% ../../nbs/layers/embedding.ipynb #6fdd87c7
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -55,8 +55,8 @@ class TokenEmbedding(keras.layers.Layer):
         self.with_positions = with_positions
         self.mask_zero = mask_zero
         options = dict(dtype=self.dtype_policy, trainable=self.trainable)
-        self.tokens = keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", **options)
-        self.positions = keras.layers.Embedding(max_len, embedding_dim, name="positions", **options) if with_positions else None
+        self.tokens = stays_float(keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", **options))
+        self.positions = stays_float(keras.layers.Embedding(max_len, embedding_dim, name="positions", **options)) if with_positions else None
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -88,7 +88,6 @@ class TokenEmbedding(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
-            "dtype": dtype_config(self),
             "max_len": self.max_len,
             "vocab_size": self.vocab_size,
             "embedding_dim": self.embedding_dim,
@@ -194,9 +193,8 @@ class PatchEmbedding(Composed, keras.layers.Layer):
         self.patches = self.projection(embedding_dim, ternary=use_mml, name="patches")
         self.positions = None
         if with_positions:
-            self.positions = keras.layers.Embedding(
-                num_patches, embedding_dim, name="positions", dtype=self.dtype_policy, trainable=self.trainable
-            )
+            options = dict(dtype=self.dtype_policy, trainable=self.trainable)
+            self.positions = stays_float(keras.layers.Embedding(num_patches, embedding_dim, name="positions", **options))
         self.input_spec = keras.layers.InputSpec(ndim=3)
 
     def build(self, input_shape):

@@ -17,7 +17,7 @@ import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from .arguments import check_divides, check_fraction, check_one_of, check_positive_integers, defined_last_dimension
-from .composed import Composed, dtype_config
+from .composed import Composed
 from ..quantizers import to_float32
 
 # %% ../../nbs/layers/recurrent.ipynb #cec7eb15
@@ -147,7 +147,7 @@ class ScanRNN(keras.layers.RNN):
     def get_config(self):
         config = super().get_config()
         del config["cell"]
-        return {**self.cell.get_config(), **config, "dtype": dtype_config(self), "dropout": self.dropout, "seed": self.seed}
+        return {**self.cell.get_config(), **config, "dropout": self.dropout, "seed": self.seed}
 
     @classmethod
     def from_config(cls, config):
