@@ -44,8 +44,8 @@ def unpack_on_device(
 ):           # trits as float32, shape `(dim, units)`
     "`unpack_ternary` with `keras.ops`, for tensors on any device and inside compiled graphs."
     unit_blocks, dim_blocks, _ = packed.shape
-    packed = ops.cast(packed, "int32")
-    codes = ops.stack([ops.bitwise_and(ops.right_shift(packed, 2 * group), 3) for group in range(4)])
+    shifted = [ops.right_shift(ops.cast(packed, "int32"), 2 * group) for group in range(5)]
+    codes = ops.stack([rest - 4 * higher for rest, higher in zip(shifted, shifted[1:])])  # a mask, without the bitwise operations that TFLite has not
     codes = ops.reshape(codes, (4, unit_blocks, dim_blocks, BLOCK_UNITS, 4))
     codes = ops.transpose(codes, (2, 0, 4, 1, 3))  # input block, group, j, output block, output
     codes = ops.reshape(codes, (dim_blocks * BLOCK_DIM, unit_blocks * BLOCK_UNITS))
@@ -107,6 +107,11 @@ def _torch_on_device(x, *arguments):
     return (torch.ops.keras_mml.packed_linear.default if here else linear_on_device)(x, *arguments)
 
 def _torch_exports():
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "ONNX cannot be written through TorchScript, which Keras' `export` takes where a size of the inputs is open. Write the model with "
+            "`keras_mml.export_onnx`, or pass an `input_signature` with all sizes."
+        )
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 # %% ../nbs/operators.ipynb #2891953f
@@ -242,6 +247,8 @@ def refuse_gradient(
     if backend == "jax" and not _traced(x):
         return function(x)
     outputs = ops.stop_gradient(function(ops.stop_gradient(x)))
+    if any(callers(*EXPORTERS)):  # some export gradients, too, needed or not
+        return outputs
     return (_jax_refusal if backend == "jax" else _tensorflow_refusal)(name)(outputs, x)
 
 def _no_gradient(name):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -792,3 +791,86 @@ def test_float_parts_of_composed_layers_stay_float_where_keras_quantises(name, t
     for each in (model, pack(model)):
         each.save(tmp_path / "m.keras")
         np.testing.assert_array_equal(array(keras.saving.load_model(tmp_path / "m.keras")(x)), array(each(x)))
+
+
+def exported_model():
+    layers = [DenseMML(70), Conv1DMML(6, 3, padding="same"), keras.layers.Flatten(), DenseMML(3, scale="channel")]
+    return pack(keras.Sequential([keras.Input((4, 6)), *layers]))
+
+
+def run_elsewhere(code, folder):
+    "The array that another process, which knows nothing of this package, writes."
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KERAS_BACKEND")}
+    code = f"import numpy as np\nx = np.load('x.npy')\n{code}\nimport sys\nassert 'keras_mml' not in sys.modules\nnp.save('y.npy', y)"
+    np.save(folder / "x.npy", INPUTS)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return np.load(folder / "y.npy")
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras writes no SavedModel from torch")
+def test_an_exported_model_predicts_the_same_in_another_process(tmp_path):
+    packed = exported_model()
+    packed.predict(INPUTS, verbose=0)  # which makes a graph that calls the kernels
+    packed.export(tmp_path / "model", verbose=False)
+    y = run_elsewhere("import tensorflow as tf\nm = tf.saved_model.load('model')\ny = m.serve(tf.constant(x)).numpy()", tmp_path)
+    np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="graphs of tensorflow")
+class TestTensorflow:
+    def test_tflite(self, tmp_path):
+        import tensorflow as tf
+
+        packed = exported_model()
+        packed.export(tmp_path / "m.tflite", format="litert", verbose=False)
+        lite = tf.lite.Interpreter(str(tmp_path / "m.tflite"))
+        (inputs,), (outputs,) = lite.get_input_details(), lite.get_output_details()
+        lite.resize_tensor_input(inputs["index"], INPUTS.shape)
+        lite.allocate_tensors()
+        lite.set_tensor(inputs["index"], INPUTS)
+        lite.invoke()
+        np.testing.assert_allclose(lite.get_tensor(outputs["index"]), array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+
+    def test_compiled_by_xla(self):
+        import tensorflow as tf
+
+        packed = exported_model()
+        y = tf.function(lambda x: packed(x), jit_compile=True)(INPUTS)
+        np.testing.assert_allclose(array(y), array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+
+    def test_a_graph_that_calls_python_is_not_saved(self, tmp_path):
+        import tensorflow as tf
+
+        packed = exported_model()
+        function = tf.function(lambda x: packed(x), input_signature=[tf.TensorSpec((None, 4, 6))])
+        function(INPUTS)
+        archive = keras.export.ExportArchive()
+        archive.track(packed)
+        archive.add_endpoint("serve", function)
+        with pytest.raises(ValueError, match="keras_mml.export_onnx"):
+            archive.write_out(tmp_path / "archive", verbose=False)
+        tf.saved_model.save(packed, tmp_path / "model")  # traces it anew
+        code = "import tensorflow as tf\nm = tf.saved_model.load('model')\n((_, y),) = m.signatures['serving_default'](tf.constant(x)).items()"
+        y = run_elsewhere(code, tmp_path)
+        np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="formats that torch writes")
+class TestTorchExport:
+    def test_an_exported_program(self, tmp_path):
+        import torch
+
+        packed = exported_model()
+        packed.export(tmp_path / "m.pt2", format="torch", verbose=False, dynamic_shapes={0: torch.export.Dim("batch", min=1, max=32)})
+        y = run_elsewhere("import torch\ny = torch.export.load('m.pt2').module()(torch.tensor(x)).detach().numpy()", tmp_path)
+        np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+
+    def test_onnx_of_keras(self, tmp_path):
+        pytest.importorskip("onnxscript")
+        packed = exported_model()
+        packed.export(tmp_path / "m.onnx", format="onnx", verbose=False, input_signature=[keras.InputSpec(shape=(7, 4, 6), dtype="float32")])
+        y = run_elsewhere("import onnxruntime\nm = onnxruntime.InferenceSession('m.onnx')\n(y,) = m.run(None, {m.get_inputs()[0].name: x})", tmp_path)
+        np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="keras_mml.export_onnx"):
+            packed.export(tmp_path / "m.onnx", format="onnx", verbose=False)
