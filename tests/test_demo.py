@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
@@ -19,7 +18,8 @@ import demo
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
-    pytest.mark.skipif(keras.backend.backend() != "torch", reason="The demo does not depend on the backend; torch's run tests it."),
+    pytest.mark.any_backend,
+    pytest.mark.browser,
     pytest.mark.skipif(not BROWSER, reason="The demo is tested in Chromium. Install it, for example with `apt-get install chromium`."),
 ]
 PAGE = """<!doctype html><html lang="en"><meta charset="utf8"><title>Digits</title>

@@ -16,8 +16,8 @@ from keras_mml.testing import SHORT
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
+    pytest.mark.any_backend,
     pytest.mark.browser,
-    pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "torch") != "torch", reason="JupyterLab is the same on every backend; torch's run tests it."),
     pytest.mark.skipif(CHROMIUM is None, reason="JupyterLab was not tested: no Chromium here. Install one: apt-get install chromium"),
 ]
 MINUTES = 15  # far more than it takes

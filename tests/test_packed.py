@@ -20,7 +20,17 @@ from keras import ops
 
 from keras_mml import pack, runtime
 from keras_mml.kernels import ternary_linear
-from keras_mml.layers import GRUMML, Conv1DMML, Conv2DMML, DenseMML, MultiHeadAttentionMML, PatchEmbedding, RMSNorm, TokenEmbedding, TransformerBlockMML
+from keras_mml.layers import (
+    GRUMML,
+    Conv1DMML,
+    Conv2DMML,
+    DenseMML,
+    MultiHeadAttentionMML,
+    PatchEmbedding,
+    RMSNorm,
+    TokenEmbedding,
+    TransformerBlockMML,
+)
 from keras_mml.operators import linear_on_device, packed_linear
 from keras_mml.packing import decode_state, encode_state, layer_sizes, pack_ternary, unpack_ternary
 from keras_mml.quantizers import AbsmaxInt, StraightThroughQuantizer

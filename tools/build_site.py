@@ -1,7 +1,6 @@
 """Build the website into _docs: nbdev prepares the notebooks, Quarto renders them, or smalldocs where Quarto is missing.
 
-    python tools/build_site.py            from the notebooks executed into _build/nbs
-    python tools/build_site.py --saved    from the outputs that are saved in nbs/ (with --if-changed: unless _docs already is that)
+    python tools/build_site.py            from the outputs that are saved in nbs/, unless _docs is that already
     python tools/build_site.py --readme   only README.md, from nbs/index.ipynb
 """
 
@@ -13,21 +12,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import demo
+import finish_site
 import nbformat
 import yaml
 from nbconvert import MarkdownExporter
 from nbdev.doclinks import NbdevLookup, _build_modidx
 from nbdev.serve import proc_nbs
 
-import finish_site
-
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, EXECUTED, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
+SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
 MADE_FROM = ("nbs", "keras_mml", "tools", "_quarto.yml", "settings.ini", "CHANGELOG.md")
 
 
@@ -39,19 +38,16 @@ def fingerprint():
     return hashlib.sha256((files + contents).encode()).hexdigest()
 
 
-def is_current(outputs=""):
-    "Whether the site in _docs was built from what is here now, with these outputs: saved or executed; from any if that is left out."
+def is_current():
+    "Whether the site in _docs was built from what is here now."
     stamp = SITE / ".built-from"
-    return stamp.exists() and stamp.read_text().startswith(f"{fingerprint()} {outputs}")
+    return stamp.exists() and stamp.read_text() == fingerprint()
 
 
-def stage(saved):
-    "Copy the sources, with the outputs that the site shall show."
+def stage():
+    "Copy the sources: the demo changes some."
     shutil.rmtree(STAGED, ignore_errors=True)
     shutil.copytree(SOURCE, STAGED, ignore=shutil.ignore_patterns(".*", "*.npz", "*.tmp"))
-    for path in [] if saved else EXECUTED.rglob("*.ipynb"):
-        if (STAGED / path.relative_to(EXECUTED)).exists():
-            shutil.copy(path, STAGED / path.relative_to(EXECUTED))
     demo.prepare(STAGED)
 
 
@@ -171,26 +167,27 @@ def write_readme():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option in ("saved", "if-changed", "readme"):
-        parser.add_argument(f"--{option}", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="only write README.md")
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ["PYTHONWARNINGS"] = "ignore:Found cells containing imports"  # nbdev's advice, to its worker processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, where shells have it ignored
     write_readme()
-    sources, outputs = fingerprint(), "saved" if args.saved else "executed"
-    if not args.readme and not (args.if_changed and is_current(outputs)):
+    if args.readme:
+        return
+    sources = fingerprint()
+    if not is_current():
         quarto = shutil.which("quarto")
         print(f"→ building the site with {'Quarto' if quarto else 'smalldocs (Quarto is not installed)'}")
-        stage(args.saved)
+        stage()
         process()
         command = ["quarto", "render", PROCESSED, "--no-execute"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", PROCESSED]
         subprocess.run(command, check=True)
         finish_site.finish(PROCESSED / "_docs", STAGED)
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.move(PROCESSED / "_docs", SITE)
-        (SITE / ".built-from").write_text(f"{sources} {outputs}")
-    if not args.readme:
-        print(f"→ {SITE.name} is up to date. Open {SITE.name}/index.html")
+        (SITE / ".built-from").write_text(sources)
+    print(f"→ {SITE.name} is up to date. Open {SITE.name}/index.html")
 
 
 if __name__ == "__main__":
