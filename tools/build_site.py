@@ -93,7 +93,7 @@ def process_page(path, page):
     card = f"cards/{name if pictures else 'index'}.png"
     if pictures or name == "index":
         finish_site.write_card(PROCESSED / card, texts["title"], texts["description"], *pictures[:1])
-    front.source = front.source.replace("---\n", f"---\nimage: /{card}\n", 1)
+    front.source = re.sub(r"^output-file: .*\n", "", front.source, flags=re.M).replace("---\n", f"---\nimage: /{card}\n", 1)
     nbformat.write(notebook, path)
 
 
@@ -120,8 +120,7 @@ def is_long(source):
 
 def linked(markdown, up):
     "With links to public names; and those to this site's own address are relative, so that the site works from a folder."
-    markdown = re.sub(r"^output-file: .*\n", "", markdown.replace(f"]({finish_site.address()}", f"]({up}"), flags=re.M)
-    return finish_site.with_links(markdown, up)
+    return finish_site.with_links(markdown.replace(f"]({finish_site.address()}", f"]({up}"), up)
 
 
 def documentation(markdown):
