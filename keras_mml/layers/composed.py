@@ -69,6 +69,10 @@ class Composed:
         }
 
 # %% ../../nbs/layers/composed.ipynb #28106c04
+def _fresh(initializer):
+    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+# %% ../../nbs/layers/composed.ipynb #5d1c7e21
 def stays_float(
     layer,  # a layer of Keras that another layer makes
 ):          # the same layer
@@ -79,6 +83,3 @@ def stays_float(
 
     layer.quantize = quantize
     return layer
-
-def _fresh(initializer):
-    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
