@@ -48,7 +48,7 @@ def pack(
     compiled = _compile_arguments(model)
     target = model if in_place else copy_of(model)
     for layer, state in zip(_packable_layers(target), states):
-        layer.set_ternary_state(state)
+        layer.set_ternary_state(state, target)
     if compiled:
         target.compile(**compiled)
     if isinstance(target, keras.Model):  # compiled functions that know the latent weights

@@ -1,10 +1,12 @@
 """Packed layers and models: the same outputs, a smaller file, and clear errors, on every backend."""
 
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -804,7 +806,8 @@ def test_float_parts_of_composed_layers_stay_float_where_keras_quantises(name, t
 
 
 def exported_model():
-    layers = [DenseMML(70), Conv1DMML(6, 3, padding="same"), keras.layers.Flatten(), DenseMML(3, scale="channel")]
+    bias = dict(bias_initializer="random_normal")  # without, the next layer would often see halves, which round either way
+    layers = [DenseMML(70, **bias), Conv1DMML(6, 3, padding="same", **bias), keras.layers.Flatten(), DenseMML(3, scale="channel")]
     return pack(keras.Sequential([keras.Input((4, 6)), *layers]))
 
 
@@ -884,3 +887,63 @@ class TestTorchExport:
         np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="keras_mml.export_onnx"):
             packed.export(tmp_path / "m.onnx", format="onnx", verbose=False)
+
+
+def packed_in_place(tmp_path):
+    model = base_model()
+    return model, lambda: pack(model, in_place=True)
+
+
+def packed_by_a_file(tmp_path):
+    "Nested, so that more than one model has listed the variables."
+    model = keras.Sequential([keras.Input((4, 6)), base_model(), keras.layers.Dense(2)])
+    pack(model).save_weights(tmp_path / "m.weights.h5")
+    return model, lambda: model.load_weights(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.parametrize("way", [packed_in_place, packed_by_a_file])
+def test_nothing_keeps_the_float_kernels(way, tmp_path):
+    model, become_packed = way(tmp_path)
+    model(INPUTS)
+    kernels = [weakref.ref(owner) for v in model.weights if v.name == "kernel" and len(v.shape) == 3 for owner in (v, v.value)]
+    kernels += [weakref.ref(w) for layer in model._flatten_layers() if isinstance(layer, DenseMML) for w in (layer.kernel, layer.kernel.value)]
+    become_packed()
+    gc.collect()
+    assert len(kernels) == 4 and not any(kernel() for kernel in kernels)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="modules of torch")
+@pytest.mark.parametrize("way", [packed_in_place, packed_by_a_file])
+def test_the_state_of_torch_is_the_packed_one(way, tmp_path):
+    model, become_packed = way(tmp_path)
+    become_packed()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = {name.split("/")[-1] for name in state if "dense_mml" in name}
+    assert names == {"packed_kernel", "kernel_scale", "bias"}
+    expected = array(model(INPUTS))
+    for variable in model.variables:
+        variable.assign(ops.zeros_like(variable.value))
+    assert not np.array_equal(array(model(INPUTS)), expected)
+    model.load_state_dict(state)
+    np.testing.assert_array_equal(array(model(INPUTS)), expected)
+    copied = pack(base_model()).state_dict()
+    assert sum("packed_kernel" in name for name in copied) and not any(tensor.isnan().any() for tensor in copied.values() if tensor.is_floating_point())
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="checkpoints of tensorflow")
+def test_a_checkpoint_of_tensorflow_is_as_small(tmp_path):
+    import tensorflow as tf
+
+    def size(model):
+        path = tf.train.Checkpoint(model=model).write(str(tmp_path / "checkpoint"))
+        return sum(os.path.getsize(p) for p in tmp_path.iterdir() if p.name.startswith(os.path.basename(path)))
+
+    model = keras.Sequential([keras.Input((256,)), DenseMML(256)])
+    packed = pack(model)
+    assert size(packed) < size(model) / 8
+    x = np.random.normal(size=(3, 256)).astype("float32")
+    expected = array(packed(x))
+    path = tf.train.Checkpoint(model=packed).write(str(tmp_path / "again"))
+    other = pack(keras.Sequential([keras.Input((256,)), DenseMML(256)]))
+    tf.train.Checkpoint(model=other).read(path).assert_consumed()
+    np.testing.assert_array_equal(array(other(x)), expected)

@@ -124,15 +124,18 @@ class PackableLayer(keras.layers.Layer):
             **{name: ops.convert_to_numpy(ops.cast(vector, "float32")) for name, vector in vectors.items()},
         }
 
-    def set_ternary_state(self, state):
-        "Take over what `ternary_state` returned. The layer becomes packed if it is not."
+    def set_ternary_state(self, state, model=None):
+        "Take over what `ternary_state` returned. The layer becomes packed if it is not; `model` is the one that it is part of."
         if not self.packed:
-            self.kernel.assign(ops.full(self.kernel.shape, np.nan))  # what still knows it, like a compiled graph, shall be heard
+            kernel = self.kernel
+            kernel.assign(ops.full(kernel.shape, np.nan))  # what still knows it, like a compiled graph, shall be heard
             self._tracker.unlock()  # Keras locks the set of variables once a layer is built
-            self._untrack_variable(self.kernel)
+            self._untrack_variable(kernel)
+            super(keras.layers.Layer, self).__delattr__("kernel")  # tensorflow would keep it; Keras' own would collect garbage each time
             self.kernel, self.packed, self.trainable = None, True, False
             self.add_kernel(self.kernel_shape)
             self._tracker.lock()
+            _replace_in_torch(model or self, kernel, (self.packed_kernel, self.kernel_scale))
         self.packed_kernel.assign(pack_ternary(state["trits"]))
         for name in state.keys() - {"trits"}:
             getattr(self, name).assign(state[name])
@@ -144,7 +147,7 @@ class PackableLayer(keras.layers.Layer):
 
     def load_own_variables(self, store):
         if "packed" in store.keys():
-            self.set_ternary_state(_read(self, store))
+            self.set_ternary_state(_read(self, store), _being_loaded(self))
         elif self.packed:
             raise ValueError(
                 f"Layer '{self.name}' is packed, and the file has no packed weights for it. Load the file into the model "
@@ -186,3 +189,20 @@ def _check_quantizer(layer):
             f"Layer '{layer.name}' cannot be packed: the integer kernels round inputs as `AbsmaxInt` does. "
             f"Received: activation_bits={layer.activation_quantizer!r}"
         )
+
+# %% ../../nbs/layers/packed.ipynb #8e35a7d4
+def _replace_in_torch(model, gone, new):
+    "Let the torch modules in a model list the new variables instead of the one that is gone."
+    if keras.backend.backend() != "torch":
+        return
+    modules = {module for layer in model._flatten_layers() for module in layer.modules()}
+    for module in modules:
+        if isinstance(module, keras.layers.Layer) and gone.path in module.torch_params:
+            module._post_untrack_variable(gone)
+            for variable in new:
+                module._post_track_variable(variable)
+
+def _being_loaded(layer):
+    "The outermost layer that Keras is loading weights into; this one if it is asked on its own."
+    loading = [frame.f_locals.get("saveable") for frame in callers("keras.src.saving.saving_lib")]
+    return next((outer for outer in reversed(loading) if isinstance(outer, keras.layers.Layer)), layer)
