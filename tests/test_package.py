@@ -81,3 +81,9 @@ def test_loading_the_package_registers_the_layers():
     code = "import keras, keras_mml; print(keras.saving.get_registered_object('keras_mml>DenseMML') is keras_mml.layers.DenseMML)"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert output.strip() == "True"
+
+
+def test_the_oldest_keras_that_is_tested_is_the_one_that_is_declared():
+    (declared,) = re.findall(r'"keras>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert re.search(rf"^keras=={re.escape(declared)}(\.0)?$", (ROOT / "constraints-minimum.txt").read_text(), re.M)
+    assert f"keras>={declared} " in (ROOT / "settings.ini").read_text()

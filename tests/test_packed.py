@@ -506,6 +506,7 @@ class TestTorch:
         layer(INPUTS)
         return layer.pack()
 
+    @pytest.mark.skipif(keras.__version__ < "3.15", reason="torch cannot trace the operations of earlier Keras as one graph")
     def test_compiled_as_a_whole(self):
         import torch
 
