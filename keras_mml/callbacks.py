@@ -272,7 +272,7 @@ class QuantizationWarmup(keras.callbacks.Callback):
         if self.step >= self.length and epoch == 0 and not self.has_acted:
             warnings.warn(
                 f"The warm-up of {self.length} steps has no effect: the optimizer has done {self.step} already. Compile the model "
-                "again to begin anew."
+                "again to begin anew.", stacklevel=2,
             )
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -347,7 +347,9 @@ class LiveFigure:
         self.handle = None
         self.visible = _in_notebook()
         if not self.visible:
-            warnings.warn("`plot=True` draws in notebooks only. The values are in the logs, for example of `History` and `CSVLogger`.")
+            warnings.warn(
+                "`plot=True` draws in notebooks only. The values are in the logs, for example of `History` and `CSVLogger`.", stacklevel=2,
+            )
 
     def add(self, epoch, values):
         "Append a value to each curve, and draw."
@@ -515,7 +517,7 @@ class FlipRatio(TritMonitor):
             self._watch(logs["flip_ratio"], logs[self.monitor])
         elif not self.missed:
             self.missed = True
-            warnings.warn(f"`FlipRatio` monitors `{self.monitor}`, which is not in the logs. There are: {', '.join(logs)}")
+            warnings.warn(f"`FlipRatio` monitors `{self.monitor}`, which is not in the logs. There are: {', '.join(logs)}", stacklevel=2)
 
     def on_train_end(self, logs=None):
         self.last = {}
@@ -527,7 +529,8 @@ class FlipRatio(TritMonitor):
         self.best = loss if improved else self.best
         self.stalled = self.stalled + 1 if ratio < self.min_flips and not improved else 0
         if self.stalled == self.patience:
-            warnings.warn(STALLED.format(epochs=self.stalled, ratio=ratio, limit=self.min_flips, monitor=self.monitor, best=self.best))
+            text = STALLED.format(epochs=self.stalled, ratio=ratio, limit=self.min_flips, monitor=self.monitor, best=self.best)
+            warnings.warn(text, stacklevel=2)
 
 # %% ../nbs/callbacks.ipynb #e4606a0e
 STALLED = (

@@ -68,7 +68,8 @@ def _reason(error):
     lines = [line.strip() for line in text.splitlines()]
     reason = next((line for line in lines if line and not line.startswith("Exception encountered when calling")), type(error).__name__)
     if reason.startswith("Could not locate"):  # with advice for those who write Python
-        reason = f"{reason.partition('. ')[0]}, which is not of Keras or keras_mml. In Python, import it and use `keras_mml.summary` and `pack`"
+        missing = reason.partition(". ")[0]
+        reason = f"{missing}, which is not of Keras or keras_mml. In Python, import it and use `keras_mml.summary` and `pack`"
     return reason
 
 # %% ../nbs/command_line.ipynb #0cf35597
@@ -120,9 +121,15 @@ def _check_shape(model, arguments):
     inputs = getattr(model, "inputs", None) or []
     is_open = any(None in tensor.shape[1:] for tensor in inputs)
     if len(inputs) > 1 and (arguments.shape or is_open):
-        raise Failure(f"{arguments.file}: --shape is for models with one input, and this one has {len(inputs)}. In Python, `keras_mml.summary` takes several")
+        raise Failure(
+            f"{arguments.file}: --shape is for models with one input, and this one has {len(inputs)}. "
+            "In Python, `keras_mml.summary` takes several"
+        )
     if is_open and not arguments.shape:
-        raise Failure(f"{arguments.file}: the model takes inputs of shape {tuple(inputs[0].shape[1:])}. Say which with --shape, such as --shape 28,28,1")
+        raise Failure(
+            f"{arguments.file}: the model takes inputs of shape {tuple(inputs[0].shape[1:])}. "
+            "Say which with --shape, such as --shape 28,28,1"
+        )
 
 def _inputs(model, batch, shape):
     "A batch for the model: normal numbers, zeros where it wants integers."

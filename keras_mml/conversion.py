@@ -62,7 +62,7 @@ def _compile_arguments(model):
     try:
         return keras.saving.deserialize_keras_object(model.get_compile_config())
     except Exception as error:  # such as a loss that is not registered
-        warnings.warn(f"The copy of '{model.name}' is not compiled. Call its `compile` before `evaluate`. {error}")
+        warnings.warn(f"The copy of '{model.name}' is not compiled. Call its `compile` before `evaluate`. {error}", stacklevel=3)
 
 def _packable_layers(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer) and (layer.built or layer.packed)]
@@ -113,7 +113,8 @@ def _projections(layer, twin):
 # %% ../nbs/conversion.ipynb #09ca49c8
 def _from_gru(layer, options):
     shared = ("name", "trainable", "dtype", "units", "activation", "recurrent_activation", "use_bias", "return_sequences", "return_state",
-              "go_backwards", "stateful", "unroll", "zero_output_for_mask", "bias_regularizer", "bias_constraint", "activity_regularizer")  # fmt: skip
+              "go_backwards", "stateful", "unroll", "zero_output_for_mask",
+              "bias_regularizer", "bias_constraint", "activity_regularizer")  # fmt: skip
     config = _arguments(layer)
     renamed = {f"weights_{kind}": config[f"kernel_{kind}"] for kind in ("regularizer", "constraint")}
     return matmul_free.GRUMML(**{name: config[name] for name in shared if name in config}, **renamed, fully_mml=True, **options)
@@ -150,16 +151,17 @@ Conversion = namedtuple("Conversion", "path layer becomes reason lost", defaults
 
 def conversion_plan(
     model,            # a Sequential or functional Keras model
-    filters=None,     # which layers to convert: a regular expression for their names, a list of them, or a function of the layer; `None`: all
+    filters=None,     # which layers to convert: a regular expression for names, a list of them, or a function of the layer; `None`: all
     last=False,       # whether to convert the layer that gives the outputs, too
     recurrent=False,  # whether to convert `GRU` layers, whose recurrent kernels are lost
-):                    # list of `Conversion`s: the path of the layer, the layer, the name of its twin or `None`, the reason if it is `None`, and the arguments that the twin lacks
+):                    # list of `Conversion`s: path, layer, name of its twin or `None`, reason if `None`, arguments that the twin lacks
     "What `ternarize` would do."
     _check_graph("conversion_plan", model)
     stays = {} if last else {id(layer): "the last layer" for layer in _last_layers(model)}
     rows = []
     for path, layer, owner in _layers_with_kernels(model):
-        reason = stays.get(id(layer)) or (f"part of '{owner.name}', and {type(owner).__name__} is not taken apart" if owner else _why_not(layer, filters, recurrent))
+        owned = f"part of '{owner.name}', and {type(owner).__name__} is not taken apart" if owner else None
+        reason = stays.get(id(layer)) or owned or _why_not(layer, filters, recurrent)
         rows.append(Conversion(path, layer, None if reason else _twin_name(layer), reason, () if reason else tuple(_lost(layer))))
     return rows
 
@@ -238,7 +240,7 @@ def _last_layers(model):
 # %% ../nbs/conversion.ipynb #478bf036
 def ternarize(
     model,             # a built Sequential or functional Keras model with float layers
-    filters=None,      # which layers to convert, as in `model.quantize`: a regular expression for names, a list of them, or a function of the layer
+    filters=None,      # what to convert, as in `model.quantize`: a regular expression for names, a list of them, or a function of the layer
     calibration=None,  # a batch of inputs; scales and biases are then fitted to the outputs of the float layers for it
     last=False,        # whether to convert the layer that gives the outputs, too
     recurrent=False,   # whether `GRU` becomes `GRUMML`, which loses its recurrent kernel
@@ -285,7 +287,8 @@ def _without(names):
     return f", without its {', '.join(names)}" if names else ""
 
 def _print_plan(plan, name, verbose):
-    lines = [f"{row.path} ({type(row.layer).__name__}): " + (f"→ {row.becomes}{_without(row.lost)}" if row.becomes else f"stays, {row.reason}") for row in plan]
+    outcomes = [f"→ {row.becomes}{_without(row.lost)}" if row.becomes else f"stays, {row.reason}" for row in plan]
+    lines = [f"{row.path} ({type(row.layer).__name__}): {outcome}" for row, outcome in zip(plan, outcomes)]
     if not any(row.becomes for row in plan):
         raise ValueError(f"'{name}' has nothing to convert." + "".join(f"\n  {line}" for line in lines))
     if verbose:
@@ -332,8 +335,8 @@ def _calibrate(model, copy, pairs, inputs):
     for array in keras.tree.flatten(inputs):
         if not hasattr(array, "shape"):
             raise ValueError(
-                "`calibration` must be one batch of inputs: an array, or a list or dictionary of arrays. Of a data set, take a batch and leave its "
-                f"labels out, such as `next(iter(data))[0]`. Received: {array!r} of type {type(array).__name__}"
+                "`calibration` must be one batch of inputs: an array, or a list or dictionary of arrays. Of a data set, take a batch and "
+                f"leave its labels out, such as `next(iter(data))[0]`. Received: {array!r} of type {type(array).__name__}"
             )
         array = ops.convert_to_numpy(array)
         if not array.size or array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -428,7 +431,9 @@ def to_dense(
         if not isinstance(layer, layers.Layer) or is_graph(layer) or type(layer) is layers.TimeDistributed:
             return  # an operation, such as `x + y`; or its layers come here themselves
         if any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers()):
-            raise ValueError(f"Layer '{layer.name}' has no namesake among Keras' layers, and is not taken apart. Received: {type(layer).__name__}")
+            raise ValueError(
+                f"Layer '{layer.name}' has no namesake among Keras' layers, and is not taken apart. Received: {type(layer).__name__}"
+            )
 
     copy = copy_of(model, replace)
     if compiled := _compile_arguments(model):
@@ -467,14 +472,17 @@ def _input_shape(layer):
     "The shape of what the layer is called with; sizes that differ between its calls are `None`."
     shapes = {tuple(tensor.shape) for tensor in _calls(layer)} or {tuple(layer.get_build_config()["input_shape"])}
     if len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"Layer '{layer.name}' is called with inputs of different ranks, which has no counterpart. Received: shapes {sorted(shapes, key=len)}")
+        raise ValueError(
+            f"Layer '{layer.name}' is called with inputs of different ranks, which has no counterpart. "
+            f"Received: shapes {sorted(shapes, key=len)}"
+        )
     return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes))
 
 def _normalization(layer, state, input_shape, per_sample):
     if any(getattr(tensor, "_keras_mask", None) is not None for tensor in _calls(layer)):
         raise ValueError(
-            f"Layer '{layer.name}' normalises inputs that have a mask, which Keras' `RMSNormalization` would lose. Only with `norm=None` it "
-            "has a counterpart there."
+            f"Layer '{layer.name}' normalises inputs that have a mask, which Keras' `RMSNormalization` would lose. Only with `norm=None` "
+            "it has a counterpart there."
         )
     axes = list(range(1, len(input_shape))) if per_sample else [-1]
     if None in [input_shape[axis] for axis in axes]:

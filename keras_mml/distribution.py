@@ -123,11 +123,15 @@ def _call_through(layer, module, variables):
 def _prepare(model, name):
     "Check that the model can be distributed, and give all processes the state of the first."
     if keras.backend.backend() != "torch":
-        raise ValueError(f"`{name}` needs torch. Set KERAS_BACKEND=torch, or use `keras.distribution` on jax. Received: {keras.backend.backend()}")
+        raise ValueError(
+            f"`{name}` needs torch. Set KERAS_BACKEND=torch, or use `keras.distribution` on jax. Received: {keras.backend.backend()}"
+        )
     from torch import distributed
 
     if not distributed.is_initialized():
-        raise ValueError(f"`{name}` needs other processes. Start the script with `torchrun`, and call `torch.distributed.init_process_group()` first.")
+        raise ValueError(
+            f"`{name}` needs other processes. Start the script with `torchrun`, and call `torch.distributed.init_process_group()` first."
+        )
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`{name}` takes a built Keras model. Give it a `keras.Input`, or call it on a batch first. Received: {model!r}")
     if "call" in vars(model):
@@ -199,9 +203,9 @@ def _shard_moments(optimizer, variables):
             if isinstance(moment, keras.Variable) and moment is not variable and math.prod(moment.shape) > 1:
                 if moment.shape != variable.shape:
                     raise ValueError(
-                        f"`fully_shard` cuts an optimizer's moments as it cuts the variables, which must have the same shape. Use another one, "
-                        f"such as Adam, or `data_parallel`. Received: {type(optimizer).__name__} with a moment of shape {tuple(moment.shape)} "
-                        f"for a variable of shape {tuple(variable.shape)}"
+                        "`fully_shard` cuts an optimizer's moments as it cuts the variables, which must have the same shape. Use another "
+                        f"one, such as Adam, or `data_parallel`. Received: {type(optimizer).__name__} with a moment of shape "
+                        f"{tuple(moment.shape)} for a variable of shape {tuple(variable.shape)}"
                     )
                 cut = distribute_tensor(moment.value.data, variable.value.device_mesh, variable.value.placements)
                 moment._value = torch.nn.Parameter(cut, requires_grad=False)
@@ -210,8 +214,8 @@ def _refuse_regularizers(model):
     names = [variable.path for variable in model.trainable_variables if variable.regularizer is not None]
     if names:
         raise ValueError(
-            "`fully_shard` cannot add the losses of regularizers, which would need whole variables after the forward pass. Use `weight_decay` "
-            f"of the optimizer instead, or `data_parallel`. Received regularizers of: {names}"
+            "`fully_shard` cannot add the losses of regularizers, which would need whole variables after the forward pass. Use "
+            f"`weight_decay` of the optimizer instead, or `data_parallel`. Received regularizers of: {names}"
         )
 
 # %% ../nbs/distribution.ipynb #b44860fa
@@ -252,7 +256,7 @@ def save(
     model,  # a Keras model, compiled if the optimizer shall go on
     path,   # a file that ends in `.keras`
 ):
-    "Save a model that is trained in any of these ways. All processes must call it; the first writes, and none goes on before the file is there."
+    "Save a model that is trained in any of these ways. All processes must call it; the first writes, and all wait for the file."
     path, (number, count) = Path(path), process()
     if path.suffix != ".keras" or path.is_dir():
         raise ValueError(f"Expected the path of a file that ends in `.keras`. Received: path='{path}'")

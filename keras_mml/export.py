@@ -274,7 +274,9 @@ def _input_specs(model):
         inputs = [keras.KerasTensor(shape)]
     for spec in inputs:
         if spec.dtype == "string":
-            raise ValueError(f"Input '{spec.name}' cannot be exported: it is text. Export the model that comes behind the layer that reads it.")
+            raise ValueError(
+                f"Input '{spec.name}' cannot be exported: it is text. Export the model that comes behind the layer that reads it."
+            )
     structure = getattr(model, "_inputs_struct", None)
     if isinstance(structure, dict) and len(structure) == len(inputs):
         names = sorted(structure)
@@ -328,7 +330,8 @@ def _capture_graph(model, inputs, size):
             return tuple(flat)
 
     device = model.weights[0].value.device
-    arrays = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device) for spec, shape in zip(inputs, capture.sizes.examples))
+    examples = zip(inputs, capture.sizes.examples)
+    arrays = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device) for spec, shape in examples)
     shapes = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in capture.sizes.open)
     try:
         with _recording(capture):
@@ -351,7 +354,8 @@ OPSET = 23  # the first with `RMSNormalization`
 
 def _translate(captured):
     "The captured graph in ONNX operators, all but its marks."
-    import onnxscript, torch
+    import onnxscript
+    import torch
     try:
         program = torch.onnx.export(captured, (), dynamo=True, optimize=False, verbose=False, opset_version=OPSET)
     except torch.onnx.OnnxExporterError as error:
@@ -463,7 +467,7 @@ def export_onnx(
     path,        # of the file to write
     exact=True,  # whether integers are kept; `False` lets ONNX Runtime round them once more, which saves a few operators
 ):
-    """Write the model as an ONNX file whose ternary products have weights of 2 bits. The batch may have any size. Threads may export at once.
+    """Write the model as an ONNX file whose ternary products have 2-bit weights. The batch may have any size. Threads may export at once.
 
     Raises `ImportError` where torch, onnx or onnxscript is missing, `FileNotFoundError` where the folder is, and `ValueError` for
     what is no built Keras model, has no ternary layer, or computes what cannot be expressed in ONNX.

@@ -124,7 +124,8 @@ def rescale_relu(sums, row_sum, row_scale, scale, bias, outputs):
 @njit(**COMPILED)
 def step_at(memory, x, rows, line, outputs):
     "One line of a program."
-    kind, dim, units, packed, scale, bias, gain, normalize, limit = line[0], line[1], line[2], line[3], line[4], line[5], line[6], line[7], line[8]
+    kind, dim, units, packed, scale = line[0], line[1], line[2], line[3], line[4]
+    bias, gain, normalize, limit = line[5], line[6], line[7], line[8]
     if packed and rows == 1:
         row_at(memory, x, kind, dim, packed, units, scale, bias, gain, normalize != 0, limit, outputs)
         return
@@ -142,8 +143,8 @@ def step_at(memory, x, rows, line, outputs):
 # %% ../nbs/fused.ipynb #db92437a
 @njit(**COMPILED)
 def chain_at(x, rows, program, steps, outputs):
-    """All steps of a program. `x`, of shape (rows, first dim), `program`, of shape (steps, COLUMNS), and `outputs`, of shape (rows, last units), are
-    C-contiguous arrays given by address, float32, int64 and float32, of which it checks nothing. Always returns 1."""
+    """All steps of a program. `x`, of shape (rows, first dim), `program`, of shape (steps, COLUMNS), and `outputs`, of shape (rows, last
+    units), are C-contiguous arrays given by address, float32, int64 and float32, of which it checks nothing. Always returns 1."""
     lines = numba.carray(at(program), (steps, COLUMNS), np.int64)
     chunk, widest, size = min(rows, ROWS), 0, 0
     for s in range(steps):
@@ -225,7 +226,8 @@ class Chain:
         steps: list of `Step`s, each of which takes what the one before gives.
         shape: the shape of a sample, up to three numbers; it is read as one row.
 
-    Up to `few` rows, `run_chain` with the `program` is the fastest way, and with `OMP_NUM_THREADS=1` it always is; a call finds the fastest for any number of rows.
+    Up to `few` rows, `run_chain` with the `program` is the fastest way, and with `OMP_NUM_THREADS=1` it always is; a call finds the
+    fastest for any number of rows.
 
     Raises:
         ValueError: for steps that do not fit together, and for inputs of another shape.

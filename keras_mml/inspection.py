@@ -139,8 +139,8 @@ def _is_shape(value):
 def _zeros(model, shape, dtype="float32"):
     if dtype == "string" and keras.backend.backend() != "tensorflow":
         raise ValueError(
-            f"'{model.name}' takes texts, which are tensors with tensorflow only. Set KERAS_BACKEND=tensorflow, or show the model behind the "
-            "layer that reads them."
+            f"'{model.name}' takes texts, which are tensors with tensorflow only. Set KERAS_BACKEND=tensorflow, or show the model behind "
+            "the layer that reads them."
         )
     if None in shape[1:]:
         raise ValueError(
@@ -529,9 +529,9 @@ def _embedding(layer, inputs, outputs):
 # %% ../nbs/inspection.ipynb #e244391f
 #| code-fold: true
 _NODE_COSTS = {"Add": (0, 1), "Subtract": (0, 1), "Multiply": (1, 0), "TrueDivide": (1, 0), "Divide": (1, 0), "Square": (1, 0)}
-_NODE_MOVES = """Absolute All Any Argmax Argmin BroadcastTo Cast Clip Concatenate Copy Equal ExpandDims Flip GetItem Greater GreaterEqual Less
-LessEqual LogicalAnd LogicalNot LogicalOr Maximum Max Min Minimum Moveaxis Negative NotEqual OnesLike Pad Relu Repeat Reshape Sign Split
-Squeeze Stack Swapaxes Take Tile Transpose Where ZerosLike""".split()
+_NODE_MOVES = """Absolute All Any Argmax Argmin BroadcastTo Cast Clip Concatenate Copy Equal ExpandDims Flip GetItem Greater GreaterEqual
+Less LessEqual LogicalAnd LogicalNot LogicalOr Maximum Max Min Minimum Moveaxis Negative NotEqual OnesLike Pad Relu Repeat Reshape Sign
+Split Squeeze Stack Swapaxes Take Tile Transpose Where ZerosLike""".split()
 
 def _node_operations(node, inputs, outputs):
     name = type(node).__name__

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import kernels
 from .constants import NORM_EPSILON
-from .packing import decode_state, layer_sizes, pack_ternary, unpack_ternary
+from .packing import decode_state, layer_sizes, pack_ternary
 
 # %% ../nbs/numpy_layers.ipynb #b368bb97
 MAX_ELEMENTS = 2**28  # of what a layer makes larger than its inputs
@@ -179,7 +179,8 @@ class Ternary:
         if x.shape[-1] != s["dim"]:
             raise ValueError(f"Expected inputs of size {s['dim']}. Received: inputs of shape {x.shape}")
         if self.chain is None:
-            return self.activation(kernels.ternary_linear(x, s["packed"], s["units"], s["scale"], s["bias"], s["gain"], s["normalize"], s["bits"]))
+            options = s["bias"], s["gain"], s["normalize"], s["bits"]
+            return self.activation(kernels.ternary_linear(x, s["packed"], s["units"], s["scale"], *options))
         rows = x.reshape(-1, s["dim"])
         return self.activation(self.chain(rows).reshape(*x.shape[:-1], s["units"]))
 
@@ -208,8 +209,8 @@ def projection(spec, name, dim, units, ternary=True, use_bias=True):
 
 # %% ../nbs/numpy_layers.ipynb #a17785ef
 @layer(
-    "Dropout", "SpatialDropout1D", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise", "ActivityRegularization", "Identity",
-    each_step=True,
+    "Dropout", "SpatialDropout1D", "SpatialDropout2D", "AlphaDropout", "GaussianDropout", "GaussianNoise",
+    "ActivityRegularization", "Identity", each_step=True,
 )  # fmt: skip
 def identity(spec):
     "What does nothing when it predicts."
@@ -288,10 +289,14 @@ def merging(function):
     "A layer that joins a list of inputs, two by two."
     return lambda spec: lambda inputs: functools.reduce(function, map(as_float, inputs))
 
-for _name, _function in {"Add": np.add, "Subtract": np.subtract, "Multiply": np.multiply, "Maximum": np.maximum, "Minimum": np.minimum}.items():
+for _name, _function in {
+    "Add": np.add, "Subtract": np.subtract, "Multiply": np.multiply, "Maximum": np.maximum, "Minimum": np.minimum,
+}.items():  # fmt: skip
     layer(_name, each_step=True)(merging(_function))
 
-for _name, _function in {"Add": np.add, "Subtract": np.subtract, "Multiply": np.multiply, "Divide": np.divide, "TrueDivide": np.divide}.items():
+for _name, _function in {
+    "Add": np.add, "Subtract": np.subtract, "Multiply": np.multiply, "Divide": np.divide, "TrueDivide": np.divide,
+}.items():  # fmt: skip
     layer(f"ops>{_name}", each_step=True)(lambda spec, function=_function: lambda x, y: function(as_float(x), as_float(y)))
 
 @layer("Average", each_step=True)
@@ -478,7 +483,8 @@ class TernaryConvolution:
 
     def _sums(self, slices):
         if self.full:
-            return kernels.ternary_linear(np.concatenate(slices, axis=-1), self.kernel, len(self.scale), self.scale, normalize=False, bits=0)
+            rows = np.concatenate(slices, axis=-1)
+            return kernels.ternary_linear(rows, self.kernel, len(self.scale), self.scale, normalize=False, bits=0)
         slices = [s.astype(np.float32) for s in slices]
         return (depthwise_product(slices, self.kernel) if self.depthwise else full_product(slices, self.kernel, self.groups)) * self.scale
 
@@ -507,7 +513,9 @@ def pooling(spec, axes, mean=False):
         if not mean:
             return functools.reduce(np.maximum, look(x, -np.inf))
         if padding == "same" and any(before != after for before, after in same(x, *where)):
-            raise ValueError(f"The backends of Keras disagree on means of windows {sizes} over inputs of shape {x.shape} with padding='same'.")
+            raise ValueError(
+                f"The backends of Keras disagree on means of windows {sizes} over inputs of shape {x.shape} with padding='same'."
+            )
         ones = np.ones((1, *x.shape[1:-1], 1), np.float32)  # what is padding does not count
         return functools.reduce(np.add, look(x)) / functools.reduce(np.add, look(ones))
 

@@ -23,7 +23,8 @@ from .quantizers import absmax_int, to_float32
 
 # %% ../nbs/operators.ipynb #5a0c1e77
 EXPORTERS = (
-    "keras.src.export", "tensorflow.python.saved_model", "tensorflow.lite", "jax._src.export", "jax.experimental.jax2tf", "jax2onnx", "tf2onnx",
+    "keras.src.export", "tensorflow.python.saved_model", "tensorflow.lite",
+    "jax._src.export", "jax.experimental.jax2tf", "jax2onnx", "tf2onnx",
 )  # fmt: skip
 
 def callers(
@@ -45,7 +46,8 @@ def unpack_on_device(
     "`unpack_ternary` with `keras.ops`, for tensors on any device and inside compiled graphs."
     unit_blocks, dim_blocks, _ = packed.shape
     shifted = [ops.right_shift(ops.cast(packed, "int32"), 2 * group) for group in range(5)]
-    codes = ops.stack([rest - 4 * higher for rest, higher in zip(shifted, shifted[1:])])  # a mask, without the bitwise operations that TFLite has not
+    # a mask, without the bitwise operations that TFLite has not
+    codes = ops.stack([rest - 4 * higher for rest, higher in zip(shifted, shifted[1:])])
     codes = ops.reshape(codes, (4, unit_blocks, dim_blocks, BLOCK_UNITS, 4))
     codes = ops.transpose(codes, (2, 0, 4, 1, 3))  # input block, group, j, output block, output
     codes = ops.reshape(codes, (dim_blocks * BLOCK_DIM, unit_blocks * BLOCK_UNITS))
@@ -109,8 +111,8 @@ def _torch_on_device(x, *arguments):
 def _torch_exports():
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise ValueError(
-            "ONNX cannot be written through TorchScript, which Keras' `export` takes where a size of the inputs is open. Write the model with "
-            "`keras_mml.export_onnx`, or pass an `input_signature` with all sizes."
+            "ONNX cannot be written through TorchScript, which Keras' `export` takes where a size of the inputs is open. Write the model "
+            "with `keras_mml.export_onnx`, or pass an `input_signature` with all sizes."
         )
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
@@ -160,7 +162,8 @@ def _linear_of_arrays(x, packed, scale, bias, gain, units, normalize, bits):
 @functools.cache
 def _xla_target():
     "Register the handler, and try it. Whether it works."
-    import ctypes, jax
+    import ctypes
+    import jax
     try:
         jax.devices()  # a handler that XLA refuses must not be the reason that jax cannot start
         address = kernels.vector_kernels().xla_handler_address()
@@ -173,7 +176,9 @@ def _xla_target():
             outputs = np.asarray(jax.jit(call)(x, packed, scale, bias, gain, np.array([1, 127, 1], np.int32)))
         return np.array_equal(outputs, kernels.ternary_linear(x, packed, 5, scale, bias, gain))
     except Exception as error:  # whatever XLA has against it, there is another way
-        warnings.warn(f"Packed layers call back into Python from jax, which takes longer, because XLA refused their kernel: {error}")
+        warnings.warn(
+            f"Packed layers call back into Python from jax, which takes longer, because XLA refused their kernel: {error}", stacklevel=2,
+        )
         return False
 
 # %% ../nbs/operators.ipynb #94495f07
@@ -253,8 +258,9 @@ def refuse_gradient(
 
 def _no_gradient(name):
     return RuntimeError(
-        f"{f'Layer {name!r}' if name else 'A kernel'} is packed and cannot be trained: a packed layer has no gradient, neither for itself nor for "
-        "what comes before it. Freeze what comes before it (`layer.trainable = False`), or train the model that it was packed from, and pack it again."
+        f"{f'Layer {name!r}' if name else 'A kernel'} is packed and cannot be trained: a packed layer has no gradient, neither for itself "
+        "nor for what comes before it. Freeze what comes before it (`layer.trainable = False`), or train the model that it was packed "
+        "from, and pack it again."
     )
 
 # %% ../nbs/operators.ipynb #7c41d9b2

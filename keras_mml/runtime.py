@@ -12,13 +12,14 @@ import os
 import re
 import zipfile
 import zlib
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from . import kernels
 from .hdf5 import SIGNATURE, read_hdf5
-from .numpy_layers import ACTIVATIONS, LAYERS, Specification, Ternary
+from .numpy_layers import LAYERS, Specification, Ternary
 
 # %% ../nbs/runtime.ipynb #105e0e24
 EXPANSION = 64  # how many times larger than the archive a part of it may be
@@ -35,7 +36,8 @@ def _part(archive, name, length):
 def _parts(content):
     "The configuration and the arrays of a model, from the bytes of its file."
     if not content.startswith(b"PK\x03\x04"):
-        found = "empty" if not content else "an HDF5 file, with weights alone or a model as Keras 2 saved it" if content.startswith(SIGNATURE) else "no Keras file"
+        hdf5 = "an HDF5 file, with weights alone or a model as Keras 2 saved it"
+        found = "empty" if not content else hdf5 if content.startswith(SIGNATURE) else "no Keras file"
         raise ValueError(f"It is {found}. Save a whole model: `keras_mml.pack(model).save('model.keras')`.")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -69,8 +71,8 @@ def _unknown(noun, config, known):
     name = config["config"].get("name") or config.get("name")
     named = f"{noun} '{name}'" if name else noun
     return ValueError(
-        f"{named} of class {config['class_name']} is not known to the runtime, {known}. Keras itself runs it, and `keras_mml.export_onnx` writes "
-        "ternary models for ONNX Runtime."
+        f"{named} of class {config['class_name']} is not known to the runtime, {known}. Keras itself runs it, and "
+        "`keras_mml.export_onnx` writes ternary models for ONNX Runtime."
     )
 
 def _make(config, arrays, path):
@@ -90,7 +92,9 @@ def _make(config, arrays, path):
         built = config.get("build_config") or {}
         if kind.startswith("keras_mml>") and built.get("input_shape") is None:
             inputs = ", ".join(name.removesuffix("_shape") for name in built.get("shapes_dict", ()))
-            raise ValueError(f"The runtime knows it with one input. Received: {inputs}" if inputs else "It was never built. Call the model on a batch before you save it.")
+            if inputs:
+                raise ValueError(f"The runtime knows it with one input. Received: {inputs}")
+            raise ValueError("It was never built. Call the model on a batch before you save it.")
         return make(Specification(config["config"], arrays, path, built.get("input_shape"))), each_step
     except Exception as error:  # whatever a file can contain
         raise ValueError(f"Layer '{name}' of class {config['class_name']}: {_reason(error)}") from error
@@ -134,7 +138,9 @@ def _tree(value, layer):
         return [_tree(v, layer) for v in value]
     if isinstance(value, dict):
         if value.get("class_name") != "__keras_tensor__":
-            raise ValueError(f"Layer '{layer}' is called with a constant of class {value.get('class_name')}, which the runtime does not know.")
+            raise ValueError(
+                f"Layer '{layer}' is called with a constant of class {value.get('class_name')}, which the runtime does not know."
+            )
         return Reference(*value["config"]["keras_history"])
     return value
 
@@ -175,10 +181,14 @@ def _ordered(calls, inputs):
 def _calls_of(config, function, each_step):
     "The calls of a layer in a functional model."
     for number, node in enumerate(config["inbound_nodes"]):
-        unknown = {name for name, value in node["kwargs"].items() if name != "training" and any(v is not None for v in (value if isinstance(value, list) else [value]))}
+        given = {key: value if isinstance(value, list) else [value] for key, value in node["kwargs"].items() if key != "training"}
+        unknown = {key for key, values in given.items() if any(value is not None for value in values)}
         if unknown or len(node["args"]) > (2 if _class_of(config).startswith("ops>") else 1):
-            raise ValueError(f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}")
-        yield Call(Reference(config["config"]["name"], number), function, [_tree(a, config["config"]["name"]) for a in node["args"]], config, each_step)
+            raise ValueError(
+                f"Layer '{config['config']['name']}' is called with more than its inputs: {sorted(unknown) or node['args'][1:]}"
+            )
+        name = config["config"]["name"]
+        yield Call(Reference(name, number), function, [_tree(a, name) for a in node["args"]], config, each_step)
 
 # %% ../nbs/runtime.ipynb #8fe9f600
 class Graph(NamedTuple):
@@ -255,7 +265,8 @@ def _chain_step(call, steps):
 def _fused(group):
     "The group with its first chain as one call, and the calls behind it."
     from keras_mml import fused
-    start = next((i for i, call in enumerate(group) if isinstance(call.function, Ternary) and len(call.config["build_config"]["input_shape"]) == 2), None)
+    takes_rows = lambda call: isinstance(call.function, Ternary) and len(call.config["build_config"]["input_shape"]) == 2
+    start = next((i for i, call in enumerate(group) if takes_rows(call)), None)
     if start is None:
         return group
     steps, end = [], start
@@ -305,9 +316,13 @@ def _matched(tree, given, known, values):
         return
     if isinstance(tree, list) and len(tree) == 1 and not isinstance(given, (list, tuple)):
         given = [given]
-    keys = tree.keys() if isinstance(tree, dict) else range(len(tree))
-    if not isinstance(given, type(tree) if isinstance(tree, dict) else (list, tuple)) or len(given) != len(tree) or (isinstance(tree, dict) and keys - given.keys()):
-        raise ValueError(f"The model takes a {type(tree).__name__} of {len(tree)} inputs: {_references(tree)}. Received: {type(given).__name__}")
+    named = isinstance(tree, dict)
+    keys = tree.keys() if named else range(len(tree))
+    fits = isinstance(given, type(tree) if named else (list, tuple)) and len(given) == len(tree)
+    if not fits or (named and keys - given.keys()):
+        raise ValueError(
+            f"The model takes a {type(tree).__name__} of {len(tree)} inputs: {_references(tree)}. Received: {type(given).__name__}"
+        )
     for key in keys:
         _matched(tree[key], given[key], known, values)
 
@@ -317,8 +332,8 @@ FLOAT32, empty = np.dtype(np.float32), np.empty
 class Model:
     """A network that predicts. `load` makes it.
 
-    Call it, or its `predict`, with what the model in Keras takes: an array, or a list or a dictionary of arrays where there are several inputs. Lists
-    of numbers and arrays of other dtypes are converted. Threads may share a model.
+    Call it, or its `predict`, with what the model in Keras takes: an array, or a list or a dictionary of arrays where there are several
+    inputs. Lists of numbers and arrays of other dtypes are converted. Threads may share a model.
 
     Raises:
         ValueError: for inputs that do not fit, with the name of the layer that they do not fit.
@@ -340,7 +355,8 @@ class Model:
         if not {r[:2] for r in _references(graph.outputs)} <= given or not inputs <= graph.known.keys():
             raise ValueError(f"The outputs of '{self.name}' are not connected.")
         last = self.calls[-1]
-        if len(self.calls) == 1 and last.arguments == [graph.inputs] and graph.outputs == last.reference and hasattr(last.function, "program"):
+        is_all = len(self.calls) == 1 and last.arguments == [graph.inputs] and graph.outputs == last.reference
+        if is_all and hasattr(last.function, "program"):
             from keras_mml import fused
             self.fast = fused.run_chain, last.function.program, last.function.units
 
@@ -403,10 +419,13 @@ class Model:
         if self.mixes_time:
             raise ValueError(f"'{self.name}' cannot go step by step: its layer '{self.mixes_time}' looks at all steps at once.")
         stateful = [call for call in self.calls if hasattr(call.function, "step")]
-        return {c.reference[:2]: c.function.get_initial_cache(batch_size) if isinstance(c.function, Model) else c.function.begin(batch_size) for c in stateful}
+        return {
+            c.reference[:2]: c.function.get_initial_cache(batch_size) if isinstance(c.function, Model) else c.function.begin(batch_size)
+            for c in stateful
+        }
 
     def predict(self, x, batch_size=None):
-        """The outputs, computed for all samples at once, or for `batch_size` at a time to save memory; then only for one input and one output.
+        """The outputs, for all samples at once, or for `batch_size` at a time to save memory; then only for one input and one output.
 
         Raises `ValueError` for several of them, and for a `batch_size` that is no positive integer.
         """
@@ -414,11 +433,14 @@ class Model:
             return self(x)
         several = [len(_references(tree)) > 1 or isinstance(tree, dict) for tree in (self.graph.inputs, self.graph.outputs)]
         if any(several) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` is a positive integer, for models of one input and one output. Received: batch_size={batch_size!r}")
+            raise ValueError(
+                f"`batch_size` is a positive integer, for models of one input and one output. Received: batch_size={batch_size!r}"
+            )
         return np.concatenate([self(x[start : start + batch_size]) for start in range(0, max(len(x), 1), batch_size)])
 
     def __repr__(self):
-        return f"<keras_mml.runtime.Model '{self.name}': {' → '.join(type(c.function).__name__ if hasattr(c.function, 'program') else c.reference.layer for c in self.calls)}>"
+        names = [type(c.function).__name__ if hasattr(c.function, "program") else c.reference.layer for c in self.calls]
+        return f"<keras_mml.runtime.Model '{self.name}': {' → '.join(names)}>"
 
 # %% ../nbs/runtime.ipynb #95207b61
 def load(

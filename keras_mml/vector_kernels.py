@@ -14,7 +14,8 @@ __all__ = ['byte', 'half', 'word', 'address', 'single', 'AVX512_VNNI', 'AVX_VNNI
 
 # %% ../nbs/vector_kernels.ipynb #c4e3545a
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -244,7 +245,8 @@ def round_row(x, per_rms, per_unit, q):
 def take_row(x, q):
     """`q = x`, for whole numbers, with zeros behind its end. Returns the sum.
 
-    Without rounding: LLVM 22 rounds what it has just read with an instruction that, on processors without AVX, faults where memory is not aligned.
+    Without rounding: LLVM 22 rounds what it has just read with an instruction that, on processors without AVX, faults where memory is not
+    aligned.
     """
     total = np.int32(0)
     for k in range(x.size):

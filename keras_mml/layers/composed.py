@@ -8,7 +8,7 @@ __all__ = ['Composed', 'stays_float']
 # %% ../../nbs/layers/composed.ipynb #708d248f
 import keras
 
-from .dense import DenseMML, activation_quantizer_for, kernel_quantizer_for
+from .dense import DenseMML
 from .packed import PackableLayer
 
 # %% ../../nbs/layers/composed.ipynb #3f3c47ec
@@ -76,10 +76,12 @@ def _fresh(initializer):
 def stays_float(
     layer,  # a layer of Keras that another layer makes
 ):          # the same layer
-    "Keep Keras' `model.quantize` away from a part of a layer. The configuration of the whole could not tell it, and its file would not load."
+    "Keep Keras' `model.quantize` away from part of a layer. The configuration of the whole could not tell it, and its file would not load."
 
     def quantize(*args, **kwargs):
-        raise NotImplementedError(f"Layer '{layer.path}' stays as it is: it is part of a layer whose configuration cannot say that it is quantised.")
+        raise NotImplementedError(
+            f"Layer '{layer.path}' stays as it is: it is part of a layer whose configuration cannot say that it is quantised."
+        )
 
     layer.quantize = quantize
     return layer

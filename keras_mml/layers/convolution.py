@@ -16,7 +16,6 @@ from .dense import activation_quantizer_for, kernel_quantizer_for
 from .normalization import rms_normalize
 from .packed import PackableLayer
 from ..operators import packed_linear, refuse_gradient, unpack_on_device
-from ..quantizers import to_float32
 
 # %% ../../nbs/layers/convolution.ipynb #b4b7ed93
 def window_slices(
@@ -31,7 +30,8 @@ def window_slices(
         count = (ops.shape(x)[axis] - dilation * (width - 1) - 1) // stride + 1
         reach = (count - 1) * stride + 1
         slices = [
-            ops.take(s, range(0), axis) if isinstance(count, int) and count < 1 else s[(slice(None),) * axis + (slice(start, start + reach, stride),)]
+            ops.take(s, range(0), axis) if isinstance(count, int) and count < 1
+            else s[(slice(None),) * axis + (slice(start, start + reach, stride),)]
             for s in slices for start in range(0, width * dilation, dilation)
         ]  # fmt: skip
     return slices
@@ -175,7 +175,8 @@ class ConvolutionMML(PackableLayer):
         x = ops.pad(x, [(0, 0), ((width - 1) * dilation, 0), (0, 0)])
         windows = ops.stack(window_slices(x, self.kernel_size, self.strides, self.dilation_rate), axis=2)
         batch, steps, _, channels = ops.shape(windows)
-        outputs = self._samples(ops.reshape(windows, (batch * steps, width, channels)), dict(strides=(1,), padding="valid", dilation_rate=(1,)), training)
+        windows = ops.reshape(windows, (batch * steps, width, channels))
+        outputs = self._samples(windows, dict(strides=(1,), padding="valid", dilation_rate=(1,)), training)
         return ops.reshape(outputs, (batch, steps, outputs.shape[-1]))
 
     def compute_output_shape(self, input_shape):

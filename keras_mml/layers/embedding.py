@@ -56,7 +56,9 @@ class TokenEmbedding(keras.layers.Layer):
         self.mask_zero = mask_zero
         options = dict(dtype=self.dtype_policy, trainable=self.trainable)
         self.tokens = stays_float(keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", **options))
-        self.positions = stays_float(keras.layers.Embedding(max_len, embedding_dim, name="positions", **options)) if with_positions else None
+        self.positions = (
+            stays_float(keras.layers.Embedding(max_len, embedding_dim, name="positions", **options)) if with_positions else None
+        )
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -105,8 +107,8 @@ class Patches(keras.layers.Layer):
         **kwargs: the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, height, width, channels)`. Height and width must be defined. Where `patch_size` does not divide them, the rows below the last
-            full patch and the columns to the right of it are left out, as `keras.ops.image.extract_patches` does.
+        `(batch, height, width, channels)`. Height and width must be defined. Where `patch_size` does not divide them, the rows below the
+            last full patch and the columns to the right of it are left out, as `keras.ops.image.extract_patches` does.
 
     Output shape:
         `(batch, height // patch_size * width // patch_size, patch_size**2 * channels)`, in the compute dtype of the layer.

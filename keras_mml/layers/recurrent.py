@@ -160,7 +160,8 @@ def shows_arguments_of(
     "Give the layer a property for each argument of its cell, as Keras' recurrent layers have them."
     def decorate(cls):
         for name in list(inspect.signature(cell_class.__init__).parameters)[1:-1]:  # all but `self` and `kwargs`
-            setattr(cls, name, property(lambda self, name=name: getattr(self.cell, name), doc=f"That of the cell, a `{cell_class.__name__}`."))
+            doc = f"That of the cell, a `{cell_class.__name__}`."
+            setattr(cls, name, property(lambda self, name=name: getattr(self.cell, name), doc=doc))
         return cls
 
     return decorate
@@ -170,8 +171,8 @@ def shows_arguments_of(
 class GRUCellMML(LinearCell):
     """One step of `GRUMML`, for `keras.layers.RNN`.
 
-    Its arguments are those of `GRUMML` that are not about sequences. It is called with inputs of shape `(batch, input_dim)` and a list of `num_heads`
-    states of shape `(batch, units // num_heads)`, and returns the outputs, of shape `(batch, units)`, and the new states.
+    Its arguments are those of `GRUMML` that are not about sequences. It is called with inputs of shape `(batch, input_dim)` and a list of
+    `num_heads` states of shape `(batch, units // num_heads)`, and returns the outputs, of shape `(batch, units)`, and the new states.
 
     Example:
 
@@ -306,7 +307,9 @@ def _bounds(forget_lower_bound, num_heads, learned):
     return np.broadcast_to(bounds, num_heads)
 
 # %% ../../nbs/layers/recurrent.ipynb #c81b6e3f
-RECURRENT_KERNEL = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout", "reset_after", "use_cudnn")
+RECURRENT_KERNEL = (
+    "recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout", "reset_after", "use_cudnn",
+)  # fmt: skip
 
 def without_recurrent_kernel(kwargs):
     "The arguments without those that `keras.layers.GRU` takes for its recurrent kernel. A warning names those that ask for something."
@@ -343,17 +346,18 @@ class GRUMML(ScanRNN):
         forget_lower_bound: number from 0 to below 1, the least that the forget gate keeps of the state; or a list of numbers, one for
             each head.
         learn_lower_bound: whether the bound is learned, one for each unit, starting there.
-        kernel_initializer, kernel_regularizer, kernel_constraint: other names of `weights_initializer` and so on, those of `keras.layers.GRU`.
-            Its arguments about a recurrent kernel, which this layer does not have, are ignored with a warning: `recurrent_initializer`,
-            `recurrent_regularizer`, `recurrent_constraint`, `recurrent_dropout`, `reset_after` and `use_cudnn`.
+        kernel_initializer, kernel_regularizer, kernel_constraint: other names of `weights_initializer` and so on, those of
+            `keras.layers.GRU`. Its arguments about a recurrent kernel, which this layer does not have, are ignored with a warning:
+            `recurrent_initializer`, `recurrent_regularizer`, `recurrent_constraint`, `recurrent_dropout`, `reset_after` and `use_cudnn`.
         dropout: number from 0 to below 1, the share of the input features that training drops, the same ones at all steps of a sequence.
         seed: integer, the seed of that dropout, or `None`.
         return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask: as in `keras.layers.RNN`.
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits`, `packed` of `DenseMML`, and the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape `(batch, steps)`; and an initial state, a list of `num_heads` tensors of
-        shape `(batch, units // num_heads)`, or a single one for one head.
+        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape
+        `(batch, steps)`; and an initial state, a list of `num_heads` tensors of shape `(batch, units // num_heads)`, or a single one for
+        one head.
 
     Output shape:
         `(batch, steps, units)` with `return_sequences=True`, else `(batch, units)`; with `return_state=True`, the states behind it.
@@ -431,8 +435,9 @@ def ring_initializers(
 class LRUCellMML(LinearCell):
     """One step of `LRUMML`, for `keras.layers.RNN`.
 
-    Its arguments are those of `LRUMML` that are not about sequences. It is called with inputs of shape `(batch, input_dim)` and a list of two states of shape
-    `(batch, state_dim)`, the real and the imaginary part, and returns the outputs, of shape `(batch, units)`, and the new states.
+    Its arguments are those of `LRUMML` that are not about sequences. It is called with inputs of shape `(batch, input_dim)` and a list of
+    two states of shape `(batch, state_dim)`, the real and the imaginary part, and returns the outputs, of shape `(batch, units)`, and the
+    new states.
 
     Example:
 
@@ -451,7 +456,9 @@ class LRUCellMML(LinearCell):
         if not (isinstance(r_min, (int, float)) and isinstance(r_max, (int, float)) and 0 <= r_min <= r_max <= 1):
             raise ValueError(f"The radii must be ordered as 0 <= r_min <= r_max <= 1. Received: r_min={r_min!r}, r_max={r_max!r}")
         if not 0 < max_phase <= 2 * math.pi:
-            raise ValueError(f"Received an invalid value for `max_phase`, expected an angle above 0 up to 2π. Received: max_phase={max_phase}")
+            raise ValueError(
+                f"Received an invalid value for `max_phase`, expected an angle above 0 up to 2π. Received: max_phase={max_phase}"
+            )
         super().__init__(**kwargs)
         self.units = units
         self.state_dim = state_dim
@@ -525,8 +532,8 @@ class LRUMML(ScanRNN):
         **kwargs: `norm`, `norm_gain`, `scale`, `activation_bits`, `packed` of `DenseMML`, and the arguments of `keras.layers.Layer`.
 
     Input shape:
-        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape `(batch, steps)`; and an initial state, a list of two tensors of shape
-        `(batch, state_dim)`, the real and the imaginary part.
+        `(batch, steps, input_dim)`, floats, of which each step is normalised: with few features, consider `norm=None`; a mask of shape
+        `(batch, steps)`; and an initial state, a list of two tensors of shape `(batch, state_dim)`, the real and the imaginary part.
 
     Output shape:
         `(batch, steps, units)` with `return_sequences=True`, else `(batch, units)`; with `return_state=True`, the two states behind it.

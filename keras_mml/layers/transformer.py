@@ -96,8 +96,8 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
     def build(self, input_shape):
         if input_shape[-1] != self.embedding_dim:
             raise ValueError(
-                f"Layer '{self.name}' adds its outputs, of size embedding_dim={self.embedding_dim}, to its inputs, which must have the same "
-                f"size. Received: input_shape={tuple(input_shape)}"
+                f"Layer '{self.name}' adds its outputs, of size embedding_dim={self.embedding_dim}, to its inputs, which must have the "
+                f"same size. Received: input_shape={tuple(input_shape)}"
             )
         self.mixing.build(*[input_shape] * (1 if self.mixer == "gru" else 2))
         for part in (self.thinking, self.mixing_norm, self.thinking_norm):
