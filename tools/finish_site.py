@@ -109,13 +109,14 @@ def write_card(target, title, summary, plot=None):
 
 
 def write_search(site):
-    "Public names have entries of their own, which assets/site.js ranks. The index is a script: pages in a folder may fetch nothing else."
-    entries = {entry["href"]: entry for entry in json.loads((site / "search.json").read_text(encoding="utf8"))}
-    for name in public_names():
-        entry = entries.get(name["href"], {"text": ""})
-        named = {"href": name["href"], "title": name["name"], "section": f"{name['module']}.{name['name']}"}
-        entries[name["href"]] = {**entry, **named, "text": f"{name['summary']} {entry['text']}"}
-    found = [{**entry, "objectID": href} for href, entry in entries.items() if not href.startswith("404")]
+    "Public names come first, shorter ones before longer ones, for assets/site.js to rank. The index is a script: pages in a folder may fetch nothing else."
+    entries = {entry["href"]: entry for entry in json.loads((site / "search.json").read_text(encoding="utf8")) if not entry["href"].startswith("404")}
+    found = []
+    for name in sorted(public_names(), key=lambda name: len(name["name"])):
+        entry = entries.pop(name["href"], {"text": ""})
+        named = {"objectID": name["href"], "href": name["href"], "title": name["name"], "section": f"{name['module']}.{name['name']}"}
+        found.append({**entry, **named, "text": f"{name['summary']} {entry['text']}"})
+    found += [{**entry, "objectID": href} for href, entry in entries.items()]
     (site / "assets" / "search.js").write_text(f"window.searchIndex = {json.dumps(found, ensure_ascii=False)};\n", encoding="utf8")
     (site / "search.json").unlink()
 

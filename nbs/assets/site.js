@@ -9,11 +9,11 @@
     document.head.append(script);
   });
 
-  // Whole words before parts of words, and titles before text; what is only like the query comes last.
+  // Whole words (of names, too: the first of absmean_ternary) before parts of words, and titles before text; what is only like the query comes last.
   const search = window.Fuse?.prototype.search;
   if (search) window.Fuse.prototype.search = function (query, {limit = Infinity} = {}) {
     const words = String(query).toLowerCase().match(/[\p{L}\p{N}_.]+/gu) ?? [];
-    const within = text => words.every(word => new RegExp(`(?<![\\p{L}\\p{N}_])${word.replaceAll(".", "\\.")}(?![\\p{L}\\p{N}_])`, "u").test((text ?? "").toLowerCase()));
+    const within = text => words.every(word => new RegExp(`(?<![\\p{L}\\p{N}])${word.replaceAll(".", "\\.")}(?![\\p{L}\\p{N}])`, "u").test((text ?? "").toLowerCase()));
     const rank = ({item: {title, section, text}}) => title.toLowerCase() === words.join(" ") ? 0 : within(title) ? 1 : within(section) ? 2 : within(text) ? 3 : 4;
     const key = item => item.href + item.title, found = new Map(search.call(this, query).map(hit => [key(hit.item), hit]));
     for (const item of window.searchIndex) if (!found.has(key(item)) && rank({item}) < 4) found.set(key(item), {item});
