@@ -114,12 +114,12 @@ def _projections(layer, twin):
 def _from_gru(layer, options):
     shared = ("name", "trainable", "dtype", "units", "activation", "recurrent_activation", "use_bias", "return_sequences", "return_state",
               "go_backwards", "stateful", "unroll", "zero_output_for_mask",
-              "bias_regularizer", "bias_constraint", "activity_regularizer")  # fmt: skip
+              "kernel_regularizer", "bias_regularizer", "kernel_constraint", "bias_constraint", "activity_regularizer",
+              "dropout", "seed")  # fmt: skip
     config = _arguments(layer)
-    renamed = {f"weights_{kind}": config[f"kernel_{kind}"] for kind in ("regularizer", "constraint")}
-    return matmul_free.GRUMML(**{name: config[name] for name in shared if name in config}, **renamed, fully_mml=True, **options)
+    return matmul_free.GRUMML(**{name: config[name] for name in shared if name in config}, fully_mml=True, **options)
 
-LOST = ("recurrent_regularizer", "recurrent_constraint", "dropout", "recurrent_dropout")
+LOST = ("recurrent_regularizer", "recurrent_constraint", "recurrent_dropout")
 
 def _lost(layer):
     "The arguments of a `GRU` that do something there and have no counterpart."

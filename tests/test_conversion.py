@@ -633,12 +633,13 @@ def test_activations_with_weights_are_copied(kind):
 
 def test_the_plan_says_what_is_lost(capsys):
     gru = layers.GRU(
-        8, kernel_regularizer="l2", bias_constraint="non_neg", recurrent_regularizer="l1", dropout=0.1, recurrent_constraint="max_norm", name="gru"
+        8, kernel_regularizer="l2", bias_constraint="non_neg", recurrent_regularizer="l1", dropout=0.1, recurrent_dropout=0.2,
+        recurrent_constraint="max_norm", name="gru"
     )  # fmt: skip
     model = graph(gru, layers.Dense(2))
     twin = ternarize(model, recurrent=True).layers[0]
-    assert "gru (GRU): → GRUMML, without its recurrent_regularizer, recurrent_constraint, dropout\n" in capsys.readouterr().out
-    assert isinstance(twin.cell.input_map.kernel_regularizer, keras.regularizers.L2)
+    assert "gru (GRU): → GRUMML, without its recurrent_regularizer, recurrent_constraint, recurrent_dropout\n" in capsys.readouterr().out
+    assert isinstance(twin.cell.input_map.kernel_regularizer, keras.regularizers.L2) and twin.dropout == 0.1
     assert isinstance(twin.cell.input_map.bias_constraint, keras.constraints.NonNeg)
     for attention in (layers.MultiHeadAttention(2, 4, activity_regularizer="l2"), layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")):
         inputs = keras.Input((4, 6))
