@@ -15,13 +15,13 @@ settings.load_profile("keras_mml")
 
 @pytest.fixture(autouse=True)
 def seeds():
-    "Each run has the same weights and data, whichever tests this process ran before: one rounding that falls the other way shows in a model's outputs."
+    "Each run has the same weights and data, whatever this process ran before: one rounding that falls the other way shows in outputs."
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def one_thread_of_torch():
-    "Tests run side by side, and threads of torch that share cores with another test wait for each other most of the time. Each time, as numba's threads set it."
+    "Tests run side by side, and torch's threads that share cores wait for each other most of the time. Each time: numba's set it, too."
     if keras.backend.backend() == "torch":
         import torch
 

@@ -882,7 +882,7 @@ def with_own(*names):
     model.used = []
     for name in names:
 
-        def own(*args, name=name, of_class=getattr(model, name)):
+        def own(*args, name=name, of_class=getattr(model, name)):  # noqa: B008
             model.used.append(name)
             return of_class(*args)
 

@@ -41,7 +41,8 @@ def test_the_first_cell_installs_what_is_imported(path):
     if "test_close" in code:
         assert "fastcore" in wanted
     nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {n.name for node in nodes if isinstance(node, ast.Import) for n in node.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    imported = {n.name for node in nodes if isinstance(node, ast.Import) for n in node.names}
+    imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     assert {module.split(".")[0] for module in imported} <= available
     files = [line for line in code.split("\n") if re.search(r"[\"'(](\.\./|[\w/]+\.json\b)", line) and "raw" not in line]
     if any("Path(" in line for line in files):  # what lies beside the notebook in a checkout is fetched

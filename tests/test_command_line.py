@@ -153,7 +153,8 @@ def test_foreign_archives_and_classes_are_named_in_one_short_line(capsys, tmp_pa
     keras.Sequential([keras.Input((4,)), Own()]).save(tmp_path / "own.keras")
     keras.saving.get_custom_objects().pop("tests>Own", None)
     (tmp_path / "renamed.zip").write_bytes((tmp_path / "own.keras").read_bytes())
-    for name, config in [("null", "null"), ("list", "[1]"), ("broken", "{"), ("keras2", '{"class_name": "Sequential", "config": {"name": "a"}}')]:
+    keras2 = '{"class_name": "Sequential", "config": {"name": "a"}}'
+    for name, config in [("null", "null"), ("list", "[1]"), ("broken", "{"), ("keras2", keras2)]:
         with zipfile.ZipFile(tmp_path / f"{name}.keras", "w") as file:
             file.writestr("config.json", config)
     with zipfile.ZipFile(tmp_path / "nothing.keras", "w"):
@@ -161,7 +162,10 @@ def test_foreign_archives_and_classes_are_named_in_one_short_line(capsys, tmp_pa
     expected = {
         "own.keras": "could not be loaded. Could not locate class 'Own', which is not of Keras or keras_mml. In Python, import it and use",
         "renamed.zip": "the name of the file of a model must end in .keras",
-        **dict.fromkeys(["null.keras", "list.keras", "broken.keras", "keras2.keras", "nothing.keras"], "could not be loaded. It is damaged, or no model that Keras 3 saved"),
+        **dict.fromkeys(
+            ["null.keras", "list.keras", "broken.keras", "keras2.keras", "nothing.keras"],
+            "could not be loaded. It is damaged, or no model that Keras 3 saved",
+        ),
     }  # fmt: skip
     for name, message in expected.items():
         for command in (["info"], ["bench"]):

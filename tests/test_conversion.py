@@ -445,7 +445,8 @@ def test_weighted_vocabularies_are_copied(copied, lookup):
     words = np.array([["7"], ["7"], ["8"]]) if lookup is layers.TextVectorization else np.array([[7], [7], [8]])
     lookup = lookup(output_mode="tf_idf")
     lookup.adapt(words)
-    model = keras.Sequential([keras.Input((1,), dtype=words.dtype.kind == "U" and "string" or "int64"), lookup, hidden(copied), layers.Dense(2)])
+    inputs = keras.Input((1,), dtype="string" if words.dtype.kind == "U" else "int64")
+    model = keras.Sequential([inputs, lookup, hidden(copied), layers.Dense(2)])
     copy = copied(model)
     assert copy.layers[0].get_vocabulary() == lookup.get_vocabulary()
     np.testing.assert_array_equal(array(copy.layers[0](words)), array(lookup(words)))
@@ -502,7 +503,8 @@ def test_layers_are_copied_by_their_own_hooks(copied):
 
 @copied
 def test_quantised_and_adapted_layers_that_stay_are_copied(copied):
-    model = keras.Sequential([keras.Input((6,)), layers.Embedding(9, 4), layers.Flatten(), hidden(copied), layers.Dense(4), layers.Dense(2)])
+    embedded = [keras.Input((6,)), layers.Embedding(9, 4), layers.Flatten()]
+    model = keras.Sequential([*embedded, hidden(copied), layers.Dense(4), layers.Dense(2)])
     model.layers[0].quantize("int8")
     model.layers[3].quantize("int4")
     model.layers[4].enable_lora(2)
@@ -579,7 +581,8 @@ def test_other_wrappers_are_copied_and_not_taken_apart():
     floats = graph(Twice(layers.Dense(6), name="twice"), layers.Bidirectional(layers.GRU(4), name="both"), layers.Dense(3), layers.Dense(2))
     ternary = ternarize(floats, recurrent=True, verbose=False)
     assert [type(layer) for layer in ternary.layers] == [Twice, layers.Bidirectional, matmul_free.DenseMML, layers.Dense]
-    assert {row.reason.split("and ")[-1] for row in conversion_plan(floats)[:3]} == {"Twice is not taken apart", "Bidirectional is not taken apart"}
+    reasons = {row.reason.split("and ")[-1] for row in conversion_plan(floats)[:3]}
+    assert reasons == {"Twice is not taken apart", "Bidirectional is not taken apart"}
     for model in (graph(Twice(matmul_free.DenseMML(6))), graph(layers.Bidirectional(matmul_free.GRUMML(4)), matmul_free.DenseMML(2))):
         with pytest.raises(ValueError, match="no namesake among Keras' layers, and is not taken apart"):
             to_dense(model)
@@ -600,7 +603,8 @@ def test_activations_initializers_regularizers_and_constraints_need_no_file(copi
     source = "lambda x: x * x"  # of which Python finds no text
     for activation in (relu, eval(source), functools.partial(ops.multiply, 2.0)):
         own = [Own(i) for i in range(3)]
-        arguments = dict(kernel_initializer=own[0], kernel_constraint=own[1], bias_constraint=lambda w: w, kernel_regularizer=lambda w: 0 * ops.sum(w))
+        arguments = dict(kernel_initializer=own[0], kernel_constraint=own[1], bias_constraint=lambda w: w)
+        arguments["kernel_regularizer"] = lambda w: 0 * ops.sum(w)
         layer = hidden(copied, activation=activation, bias_regularizer=own[2], **arguments)
         model = keras.Sequential([keras.Input((6,)), layer, layers.Dense(2)])
         copies = [copied(model).layers[0], *([layer.pack()] if copied is pack else [])]
@@ -641,7 +645,8 @@ def test_the_plan_says_what_is_lost(capsys):
     assert "gru (GRU): → GRUMML, without its recurrent_regularizer, recurrent_constraint, recurrent_dropout\n" in capsys.readouterr().out
     assert isinstance(twin.cell.input_map.kernel_regularizer, keras.regularizers.L2) and twin.dropout == 0.1
     assert isinstance(twin.cell.input_map.bias_constraint, keras.constraints.NonNeg)
-    for attention in (layers.MultiHeadAttention(2, 4, activity_regularizer="l2"), layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")):
+    grouped = layers.GroupQueryAttention(4, 2, 1, activity_regularizer="l2")
+    for attention in (layers.MultiHeadAttention(2, 4, activity_regularizer="l2"), grouped):
         inputs = keras.Input((4, 6))
         model = keras.Model(inputs, layers.Dense(2)(attention(inputs, inputs)))
         ternary = ternarize(model, verbose=False)

@@ -7,10 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
 from keras_mml.datasets import load_mnist
+from keras_mml.layers import DenseMML
+from keras_mml.packing import unpack_ternary
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 sys.path.insert(0, str(NOTEBOOKS.parent / "tools"))
@@ -31,6 +34,17 @@ THREE = [(0.3, 0.25), (0.5, 0.16), (0.66, 0.26), (0.6, 0.42), (0.46, 0.48), (0.6
 @pytest.fixture(scope="module")
 def weights():
     return demo.saved_weights(NOTEBOOKS)
+
+
+def packed_model(weights):
+    "The Keras model that has these weights, which are JSON text."
+    layers = [(DenseMML(saved["units"], activation=saved["activation"], packed=True), saved) for saved in json.loads(weights)["layers"]]
+    model = keras.Sequential([keras.Input((784,)), *(layer for layer, _ in layers)])
+    for layer, saved in layers:
+        trits, bias = (np.frombuffer(base64.b64decode(saved[name]), dtype) for name, dtype in (("trits", "u1"), ("bias", "<f4")))
+        trits = unpack_ternary(trits, (saved["inputs"], saved["units"]), bits=1.6)
+        layer.set_ternary_state({"trits": trits, "kernel_scale": np.full(saved["units"], saved["scale"], "float32"), "bias": bias})
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +98,7 @@ def test_the_weights_are_small(weights):
 def test_all_test_digits_are_read_as_in_python(open_page, weights):
     (_, _), (images, labels) = load_mnist()
     images = images.reshape(-1, 784)
-    expected = demo.packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
+    expected = packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
     page = open_page()
     received = page.evaluate(
         """(base64) => {
@@ -100,7 +114,8 @@ def test_all_test_digits_are_read_as_in_python(open_page, weights):
     )
     received = np.array(received)
     different, largest = (received.argmax(1) != expected.argmax(1)).sum(), np.abs(received - expected).max()
-    print(f"{different} of {len(images)} answers differ, probabilities by {largest:.1e} at most; {(received.argmax(1) == labels).mean():.2%} are right")
+    right = (received.argmax(1) == labels).mean()
+    print(f"{different} of {len(images)} answers differ, probabilities by {largest:.1e} at most; {right:.2%} are right")
     assert len(received) == 10_000 and different == 0 and largest < 1e-5
 
 
@@ -170,7 +185,10 @@ def test_the_border_ends_a_stroke(open_page):
         page.mouse.move(*corner(page, x, y), steps=10)
     page.mouse.up()
     answer(page)
-    ink = "(y) => { const pad = document.querySelector('.dd-pad'); return pad.getContext('2d').getImageData(0.985 * pad.width, y * pad.height, 1, 1).data[3] }"
+    ink = """(y) => {
+        const pad = document.querySelector('.dd-pad');
+        return pad.getContext('2d').getImageData(0.985 * pad.width, y * pad.height, 1, 1).data[3];
+    }"""
     assert [page.evaluate(ink, y) > 0 for y in (0.2, 0.5, 0.8)] == [True, False, True]
     assert answer(page) != "?"
 
@@ -194,7 +212,7 @@ def test_the_keyboard_is_enough(open_page):
     for _ in range(30):
         page.keyboard.press("Tab")
         label, outline = page.evaluate(
-            "[document.activeElement.ariaLabel || document.activeElement.textContent, getComputedStyle(document.activeElement).outlineStyle]"
+            "(e => [e.ariaLabel || e.textContent, getComputedStyle(e).outlineStyle])(document.activeElement)"
         )
         assert outline == "solid" or label == "Digits" or not label.strip(), label
         if label.startswith("A handwritten"):
@@ -218,5 +236,6 @@ def test_the_votes_add_up(open_page):
         text = page.inner_text(".dd-vote-text").replace(",", "")
         found = re.search(r"(\d+) added − (\d+) subtracted = (−?\d+)", text).groups()
         added, subtracted, total = (int(number.replace("−", "-")) for number in found)
-        sums = page.evaluate("(digit) => { const r = kerasMmlDemo.load(kerasMmlDigitWeights); return r.predict(r.samples[3].image).steps[3].sums[digit] }", digit)
+        reader = "const r = kerasMmlDemo.load(kerasMmlDigitWeights)"
+        sums = page.evaluate(f"(digit) => {{ {reader}; return r.predict(r.samples[3].image).steps[3].sums[digit] }}", digit)
         assert added - subtracted == total == sums

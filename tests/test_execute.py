@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -69,11 +69,13 @@ def test_saved_measurements_are_part_of_the_fingerprint(tmp_path, monkeypatch):
     assert [execute.fingerprint(page) == old for page, old in zip(pages, before, strict=True)] == [False, True]
 
 
-def test_outputs_are_tidy():
-    streams = [new_output("stream", name="stdout", text=text) for text in ("50 %\r100 %\n", "\x1b[31mred\x1b[0m a\bb\n")]
-    plot = new_output("display_data", data={"image/svg+xml": "<svg><dc:date>2020</dc:date></svg>"})
-    text, picture = execute.tidy([*streams, plot, new_output("stream", name="stderr", text="\n")])
-    assert text.text == "100 %\nred b\n" and picture.data["image/svg+xml"] == "<svg></svg>"
+def test_outputs_are_tidy(notebook):
+    svg = "display({'image/svg+xml': '<svg><dc:date>2020</dc:date></svg>'}, raw=True)"
+    path = notebook("print('50 %', end='\\r')\nprint('100 %')\nprint('\\x1b[31mred\\x1b[0m')", svg, "print()")
+    run(path).communicate()
+    _, text, picture, nothing = nbformat.read(path, 4).cells
+    assert [output.text for output in text.outputs] == ["100 %\nred\n"] and nothing.outputs == []
+    assert picture.outputs[0].data["image/svg+xml"] == "<svg></svg>"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")

@@ -113,7 +113,7 @@ def with_alternatives(markdown):
 
 
 def is_long(source):
-    "Whether exported code would stand in the way of a reader: classes, which are documented above it, private functions, and whatever is long."
+    "Whether exported code would be in a reader's way: classes, which are documented above it, private functions, whatever is long."
     public = re.search(r"^def [a-z]", source, re.M)
     return bool(re.search(r"^class ", source, re.M) or (re.search(r"^def _", source, re.M) and not public) or source.count("\n") > 30)
 
@@ -180,8 +180,8 @@ def main():
         print(f"→ building the site with {'Quarto' if quarto else 'smalldocs (Quarto is not installed)'}")
         stage()
         process()
-        command = ["quarto", "render", PROCESSED, "--no-execute"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", PROCESSED]
-        subprocess.run(command, check=True)
+        renderer = [quarto, "render", "--no-execute"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render"]
+        subprocess.run([*renderer, PROCESSED], check=True)
         finish_site.finish(PROCESSED / "_docs", STAGED)
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.move(PROCESSED / "_docs", SITE)

@@ -56,37 +56,21 @@ def is_current(path):
 
 
 def shown(text):
-    "What a terminal would show of `text`: carriage returns and backspaces applied, colours dropped."
-    lines = []
-    for line in NATIVE_LOG.sub("", ANSI.sub("", text)).split("\n"):
-        screen, column = [], 0
-        for char in line:
-            if char in "\r\b":
-                column = 0 if char == "\r" else max(0, column - 1)
-            else:
-                screen[column : column + 1] = [char]
-                column += 1
-        lines.append("".join(screen).rstrip())
-    return "\n".join(lines)
+    "Without colours, and without what TensorFlow says of itself."
+    return NATIVE_LOG.sub("", ANSI.sub("", text))
 
 
 def tidy(outputs):
-    "Outputs as they belong into a committed notebook: pieces of a stream joined, no colours, no dates, no counts."
-    merged = []
+    "Outputs as they belong into a committed notebook: no colours, no dates, no counts."
     for output in outputs:
         if "execution_count" in output:
             output.execution_count = None
-        if merged and output.output_type == "stream" and merged[-1].get("name") == output.name:
-            merged[-1].text += output.text
-        else:
-            merged.append(output)
-    for output in merged:
         if output.output_type == "stream":
             output.text = shown(output.text)
         for mime, data in output.get("data", {}).items():
             if mime in ("text/plain", "image/svg+xml"):
                 output.data[mime] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", ANSI.sub("", data))
-    return [output for output in merged if output.output_type != "stream" or output.text.strip()]
+    return [output for output in outputs if output.output_type != "stream" or output.text.strip()]
 
 
 class Client(NotebookClient):
@@ -104,8 +88,8 @@ def execute(path, bar, running):
     start, notebook = time.time(), nbformat.read(path, 4)
     key = fingerprint(notebook)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STYLE))
-    resources = {"metadata": {"path": str(path.parent)}}
-    client = Client(notebook, timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources=resources)
+    options = dict(timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"], coalesce_streams=True)
+    client = Client(notebook, resources={"metadata": {"path": str(path.parent)}}, **options)
     client.report = bar.update
     running.append(client)
     client.execute()
