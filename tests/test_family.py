@@ -30,7 +30,7 @@ from cases import (
 from keras import ops
 from keras.src import testing
 
-from keras_mml import layers, pack
+from keras_mml import layers, pack, runtime
 from keras_mml.layers import *  # noqa: F403
 from keras_mml.layers import DenseMML, MultiHeadAttentionMML, TransformerBlockMML
 from keras_mml.layers.recurrent import ScanRNN
@@ -718,3 +718,11 @@ def test_every_argument_of_a_namesake_is_taken_or_refused_by_name(ours, theirs, 
         assert config.get(name) == theirs(**arguments).get_config().get(name), name  # Keras leaves out `flash_attention`
         config = json.loads(json.dumps(config))
         assert json.loads(json.dumps(ours.from_config(config).get_config())) == config
+
+
+def test_the_runtime_crops_patches_and_drops_nothing(tmp_path):
+    parts = layers.Patches(4), layers.GRUMML(5, dropout=0.5, return_sequences=True), layers.LRUMML(3, 4, dropout=0.5)
+    model = pack(keras.Sequential([keras.Input((11, 9, 3)), *parts]))
+    model.save(tmp_path / "m.keras")
+    x = np.random.default_rng(0).normal(size=(4, 11, 9, 3)).astype("float32")
+    close(runtime.load(tmp_path / "m.keras")(x), array(model(x)))
