@@ -7,13 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
 from keras_mml.datasets import load_mnist
-from keras_mml.layers import DenseMML
-from keras_mml.packing import unpack_ternary
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 sys.path.insert(0, str(NOTEBOOKS.parent / "tools"))
@@ -34,17 +31,6 @@ THREE = [(0.3, 0.25), (0.5, 0.16), (0.66, 0.26), (0.6, 0.42), (0.46, 0.48), (0.6
 @pytest.fixture(scope="module")
 def weights():
     return demo.saved_weights(NOTEBOOKS)
-
-
-def packed_model(weights):
-    "The Keras model that has these weights, which are JSON text."
-    layers = [(DenseMML(saved["units"], activation=saved["activation"], packed=True), saved) for saved in json.loads(weights)["layers"]]
-    model = keras.Sequential([keras.Input((784,)), *(layer for layer, _ in layers)])
-    for layer, saved in layers:
-        trits, bias = (np.frombuffer(base64.b64decode(saved[name]), dtype) for name, dtype in (("trits", "u1"), ("bias", "<f4")))
-        trits = unpack_ternary(trits, (saved["inputs"], saved["units"]), bits=1.6)
-        layer.set_ternary_state({"trits": trits, "kernel_scale": np.full(saved["units"], saved["scale"], "float32"), "bias": bias})
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +84,7 @@ def test_the_weights_are_small(weights):
 def test_all_test_digits_are_read_as_in_python(open_page, weights):
     (_, _), (images, labels) = load_mnist()
     images = images.reshape(-1, 784)
-    expected = packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
+    expected = demo.packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
     page = open_page()
     received = page.evaluate(
         """(base64) => {

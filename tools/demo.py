@@ -1,5 +1,6 @@
 """The digit demo on the site: its weights are the ones that the tutorial wrote into its output, for any page to load."""
 
+import base64
 import json
 import re
 
@@ -23,6 +24,23 @@ def read(notebooks):
 
 def saved_weights(notebooks):
     return read(notebooks)[2]
+
+
+def packed_model(weights):
+    "The Keras model that has these weights, which are JSON text."
+    import keras
+    import numpy as np
+
+    from keras_mml.layers import DenseMML
+    from keras_mml.packing import unpack_ternary
+
+    layers = [(DenseMML(saved["units"], activation=saved["activation"], packed=True), saved) for saved in json.loads(weights)["layers"]]
+    model = keras.Sequential([keras.Input((784,)), *(layer for layer, _ in layers)])
+    for layer, saved in layers:
+        trits, bias = (np.frombuffer(base64.b64decode(saved[name]), dtype) for name, dtype in (("trits", "u1"), ("bias", "<f4")))
+        trits = unpack_ternary(trits, (saved["inputs"], saved["units"]), bits=1.6)
+        layer.set_ternary_state({"trits": trits, "kernel_scale": np.full(saved["units"], saved["scale"], "float32"), "bias": bias})
+    return model
 
 
 def prepare(notebooks):
