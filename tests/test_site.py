@@ -27,14 +27,17 @@ import check_site
 from keras_mml.testing import SHORT
 
 BASE = "/keras_mml"  # where the published site lives below its host
-PAGES = sorted(p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = [path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+PAGES = sorted(path.with_suffix(".html").as_posix() for path in NOTEBOOKS)
 PAGES += ["changelog.html", "404.html"]
 # Run short, every page is built and its links are checked, and one in five is looked at.
 LATER = pytest.mark.skip(reason="Run short, one page in five is looked at.")
-LOOKED_AT = [page if not SHORT or i % 5 == 0 or page in ("index.html", "404.html") else pytest.param(page, marks=LATER) for i, page in enumerate(PAGES)]
+NOW = PAGES if not SHORT else [*PAGES[::5], "index.html", "404.html"]
+LOOKED_AT = [page if page in NOW else pytest.param(page, marks=LATER) for page in PAGES]
 SCREENS = [("wide", {"width": 1280, "height": 900}), ("narrow", {"width": 390, "height": 844})]
 SERIOUS = ("serious", "critical")
-DARK = "[document.documentElement, document.body].some(e => e.classList.contains('quarto-dark'))"  # smalldocs marks the root, Quarto the body
+# smalldocs marks the root, Quarto the body
+DARK = "[document.documentElement, document.body].some(e => e.classList.contains('quarto-dark'))"
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +102,8 @@ def visit(context, address):
     page.on("console", lambda message: message.type == "error" and problems.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
     # what was still loading when the page was left is aborted: no failure
-    page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or problems.append(f"failed: {request.url}: {request.failure}"))
-    page.on("request", lambda request: request.url.startswith((address, "data:", "blob:", "file:")) or problems.append(f"external: {request.url}"))
+    page.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or problems.append(f"failed: {r.url}: {r.failure}"))
+    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:", "file:")) or problems.append(f"external: {r.url}"))
     page.problems = problems
 
     def open_page(url, **options):
@@ -115,14 +118,16 @@ LAYOUT = """async () => {
   const wrong = [], root = document.documentElement;
   if (root.scrollWidth > root.clientWidth) {
     const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1);
-    wrong.push(`the page scrolls sideways: ${root.scrollWidth} > ${root.clientWidth}: ` + wide.slice(0, 3).map(e => e.outerHTML.slice(0, 90)));
+    const examples = wide.slice(0, 3).map(e => e.outerHTML.slice(0, 90));
+    wrong.push(`the page scrolls sideways: ${root.scrollWidth} > ${root.clientWidth}: ` + examples);
   }
   for (const image of document.images) {
     image.loading = "eager";
     await image.decode().catch(() => wrong.push("broken image " + image.src));
   }
   for (const box of document.querySelectorAll("main *")) {
-    if (box.scrollWidth > box.clientWidth + 1 && box.clientWidth && /auto|scroll/.test(getComputedStyle(box).overflowX) && box.tabIndex < 0 && !box.querySelector("a, button"))
+    const scrolls = box.scrollWidth > box.clientWidth + 1 && box.clientWidth && /auto|scroll/.test(getComputedStyle(box).overflowX);
+    if (scrolls && box.tabIndex < 0 && !box.querySelector("a, button"))
       wrong.push("cannot be scrolled with the keyboard: " + box.outerHTML.slice(0, 90));
   }
   let last = 0;
@@ -155,7 +160,8 @@ FOCUS = """() => {
     element.focus({preventScroll: true});
     if (document.activeElement !== element) continue;
     const style = getComputedStyle(element);
-    if ((style.outlineStyle === "none" || parseFloat(style.outlineWidth) < 1) && style.boxShadow === "none") invisible.push(element.outerHTML.slice(0, 120));
+    const outlined = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
+    if (!outlined && style.boxShadow === "none") invisible.push(element.outerHTML.slice(0, 120));
   }
   return invisible;
 }"""
@@ -165,7 +171,8 @@ def violations(page, rules=None):
     Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
     options = {"runOnly": rules} if rules else {}
     results = Axe().run(page, options={**options, "resultTypes": ["violations"]}).response["violations"]
-    return [f"{v['id']}: {node['target']} {node.get('failureSummary', '')[:300]}" for v in results if v["impact"] in SERIOUS for node in v["nodes"][:4]]
+    nodes = [(found["id"], node) for found in results if found["impact"] in SERIOUS for node in found["nodes"][:4]]
+    return [f"{rule}: {node['target']} {node.get('failureSummary', '')[:300]}" for rule, node in nodes]
 
 
 @pytest.mark.parametrize("path", LOOKED_AT)
@@ -202,7 +209,8 @@ def search(page, words):
 @pytest.mark.parametrize("words, place", [
     ("DenseMML", "layers/dense.html"), ("pack", "conversion.html"), ("absmean", "quantizers.html"),
     ("ternarize", "conversion.html"), ("LRUMML", "layers/recurrent.html"),
-    ("install", "index.html"), ("mixed precision", "how-to/mixed-precision.html"), ("straight through", "explanations/straight-through.html"),
+    ("install", "index.html"), ("mixed precision", "how-to/mixed-precision.html"),
+    ("straight through", "explanations/straight-through.html"),
 ])  # fmt: skip
 def test_search_finds_the_right_page_first(visit, address, words, place):
     page = visit("tutorials/mnist.html")
@@ -239,7 +247,7 @@ def test_reading_order_and_what_leads_on(visit):
     assert len(set(listed)) == len(listed) >= 30
     for here, next_page in zip(listed[:8], listed[1:9]):
         page.goto(here)
-        assert page.get_attribute(".nav-page-next a", "href") and page.evaluate("document.querySelector('.nav-page-next a').href") == next_page
+        assert page.evaluate("document.querySelector('.nav-page-next a').href") == next_page
         if here != listed[0]:
             assert page.locator(".quarto-page-breadcrumbs li").count() >= 4  # above the page, and in the bar of narrow screens
         assert page.locator("a.toc-action:visible", has_text="View source").count() == 1  # Quarto has another for narrow screens
@@ -293,7 +301,8 @@ def test_plots_turn_over_in_the_dark(visit):
 def test_print_has_the_text_and_not_the_frame(visit):
     page = visit("layers/dense.html")
     page.emulate_media(media="print")
-    for frame in ("#quarto-header", "#quarto-sidebar", "#quarto-margin-sidebar", ".page-navigation", ".code-copy-button", ".notebook-links"):
+    frames = ("#quarto-header", "#quarto-sidebar", "#quarto-margin-sidebar", ".page-navigation", ".code-copy-button", ".notebook-links")
+    for frame in frames:
         assert not page.locator(frame).first.is_visible(), frame
     assert page.locator("main h1").is_visible()
     assert page.evaluate("document.querySelector('main').getBoundingClientRect().left") < 60
@@ -310,7 +319,8 @@ def test_the_home_page_is_light(visit):
 
 def test_weight_links_and_pictures(site):
     assert not list(check_site.problems(site))
-    shown = [p for p in site.rglob("*") if p.is_file() and not p.name.endswith((".ipynb", ".llms.md"))]  # not what is for taking along, and for machines
+    taken_along = (".ipynb", ".llms.md")  # or for machines
+    shown = [p for p in site.rglob("*") if p.is_file() and not p.name.endswith(taken_along)]
     assert sum(p.stat().st_size for p in shown) < 12_000_000
     for card in (site / "cards").glob("*.png"):
         data = card.read_bytes()
@@ -338,7 +348,8 @@ def test_what_machines_read_of_a_page(site, path):
 def test_indexes_for_machines(site):
     host = build_site.finish_site.address()
     locations = [e.text for e in ElementTree.parse(site / "sitemap.xml").iter() if e.tag.endswith("loc")]
-    assert sorted(set(locations) - {f"{host}404.html"}) == sorted(host + p for p in PAGES if p != "404.html")  # smalldocs lists it, Quarto does not
+    missing = f"{host}404.html"  # smalldocs lists it, Quarto does not
+    assert sorted({*locations} - {missing}) == sorted({host + p for p in PAGES} - {missing})
     linked = re.findall(r"\]\((https://[^)]*)\)", (site / "llms.txt").read_text(encoding="utf8"))
     assert sorted(linked) == sorted(host + p.replace(".html", ".llms.md") for p in PAGES if p != "404.html")
     assert all((site / url.removeprefix(host)).stat().st_size > 300 for url in linked)
@@ -380,7 +391,10 @@ def test_public_names_in_prose_are_links(site):
 # ---- what Quarto would stumble over, on machines without it
 
 CONFIG = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf8"))
-IMPORTS = ['@import"https://fonts.org/css?a:0,4;1,7&b";', "@import url(https://fonts.org/a;b);", "@import url( '//fonts.org/a;b' ) screen;", "@IMPORT 'http://fonts.org/a';"]
+IMPORTS = [
+    '@import"https://fonts.org/css?a:0,4;1,7&b";', "@import url(https://fonts.org/a;b);", "@import url( '//fonts.org/a;b' ) screen;",
+    "@IMPORT 'http://fonts.org/a';",
+]  # fmt: skip
 
 
 def processed_cells(site, kind):
@@ -392,7 +406,8 @@ def processed_cells(site, kind):
 
 
 def test_options_of_cells_are_yaml_without_doubles(site):
-    assert build_site.cell_options("#| code-fold: show\n#| fig-alt: A: b\n#| code-fold: true\nx = 1") == ({"code-fold": "true", "fig-alt": '"A: b"'}, "x = 1")
+    options, code = build_site.cell_options("#| code-fold: show\n#| fig-alt: A: b\n#| code-fold: true\nx = 1")
+    assert (options, code) == ({"code-fold": "true", "fig-alt": '"A: b"'}, "x = 1")
     seen = set()
     for name, source in processed_cells(site, "code"):
         head = "".join(line[3:] + "\n" for line in source.split("\n") if line.startswith("#| "))
@@ -442,7 +457,8 @@ def test_remote_imports_of_any_spelling(tmp_path, spelling):
 
 def test_quartos_pages_load_nothing_from_elsewhere_and_no_modules(tmp_path):
     "A page as Quarto writes it: with KaTeX and fonts from afar, and modules, which a browser refuses to a page in a folder."
-    scripts = '<script src="site_libs/quarto-html/quarto.js" type="module"></script><script src="site_libs/quarto-html/tabsets/tabsets.js" type="module"></script>'
+    module = '<script src="site_libs/quarto-html/{}" type="module"></script>'
+    scripts = module.format("quarto.js") + module.format("tabsets/tabsets.js")
     katex = '<script src="https://cdn.jsdelivr.net/npm/katex@0.15.1/dist/katex.min.js"></script>'
     files = {
         "index.html": f'<!DOCTYPE html><html><head>\n{scripts}{katex}</head><body><main id="quarto-document-content"></main></body></html>',

@@ -1,4 +1,4 @@
-"""What the site has besides its pages: links to public names, pictures, a search that knows these names, a feed; and nothing from elsewhere."""
+"""What the site has besides its pages: links to public names, pictures, a search that knows them, a feed; nothing from elsewhere."""
 
 import ast
 import base64
@@ -23,7 +23,9 @@ CONFIG = get_config(path=ROOT)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
 REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)  # for widgets
 # fonts; their addresses have semicolons
-REMOTE_IMPORT = re.compile(r"""@import\s*(?:url\(\s*)?(?:"(?:https?:)?//[^"]*"|'(?:https?:)?//[^']*'|(?:https?:)?//[^)]*)\s*\)?[^;]*;""", re.I)
+REMOTE_IMPORT = re.compile(
+    r"""@import\s*(?:url\(\s*)?(?:"(?:https?:)?//[^"]*"|'(?:https?:)?//[^']*'|(?:https?:)?//[^)]*)\s*\)?[^;]*;""", re.I
+)
 
 
 def address():
@@ -55,22 +57,25 @@ def place(dotted):
 
 
 def with_links(markdown, up):
-    "Names in backticks with their modules lead to their sections, as nbdev does it with bare names; but a layer's `call` is not a kernel's."
+    "Names in backticks with their modules lead to their sections, as bare names do with nbdev; but a layer's `call` is no kernel's."
     markdown = re.sub(r"\[(`call`)\]\([^)]*\)", r"\1", markdown)
     markdown = re.sub(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(", r"[\1](", markdown)  # a name that is the text of a link already
     link = lambda m: f"[{m[0]}]({up}{place(m[1])})" if place(m[1]) else m[0]
     fences = re.split(r"(^```.*?^```|^#+ [^\n]*$)", markdown, flags=re.S | re.M)
-    return "".join(re.sub(r"(?<![\[`])`(keras_mml(?:\.\w+)+)`(?![\]`])", link, part) if not part.startswith(("```", "#")) else part for part in fences)
+    bare = re.compile(r"(?<![\[`])`(keras_mml(?:\.\w+)+)`(?![\]`])")
+    return "".join(part if part.startswith(("```", "#")) else bare.sub(link, part) for part in fences)
 
 
 def with_source(markdown, page):
     "The source of what is documented here, also where another module has the same name."
-    here = {n["name"]: f"[source]({CONFIG.git_url}/blob/{CONFIG.branch}/{n['source']})" for n in public_names() if n["href"].startswith(f"{page}#")}
+    files = f"{CONFIG.git_url}/blob/{CONFIG.branch}"
+    here = {n["name"]: f"[source]({files}/{n['source']})" for n in public_names() if n["href"].startswith(f"{page}#")}
     return re.sub(r"(\[source\]\([^)]*\))(\{[^}]*\}\s*#+ )(\w+)\n", lambda m: f"{here.get(m[3], m[1])}{m[2]}{m[3]}\n", markdown)
 
 
 def raster(svg, **size):
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, skip_system_fonts=True, **size)))).convert("RGB")
+    content = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, skip_system_fonts=True, **size)
+    return Image.open(io.BytesIO(bytes(content))).convert("RGB")
 
 
 def picture(data):
@@ -109,8 +114,9 @@ def write_card(target, title, summary, plot=None):
 
 
 def write_search(site):
-    "Public names come first, shorter ones before longer ones, for assets/site.js to rank. The index is a script: pages in a folder may fetch nothing else."
-    entries = {entry["href"]: entry for entry in json.loads((site / "search.json").read_text(encoding="utf8")) if not entry["href"].startswith("404")}
+    "Public names come first, shorter ones before longer ones, for assets/site.js to rank. A script: pages in a folder fetch nothing else."
+    entries = json.loads((site / "search.json").read_text(encoding="utf8"))
+    entries = {entry["href"]: entry for entry in entries if not entry["href"].startswith("404")}
     found = []
     for name in sorted(public_names(), key=lambda name: len(name["name"])):
         entry = entries.pop(name["href"], {"text": ""})
@@ -124,33 +130,38 @@ def write_search(site):
 def write_feed(site):
     "An Atom feed with an entry for each version; what is not released yet has the date of its last change."
     changed = subprocess.run(["git", "log", "-1", "--format=%cI", "CHANGELOG.md"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    head = lambda title, place, date: f'<title>{title}</title><id>{address()}{place}</id><link href="{address()}{place}"/><updated>{date}</updated>'
+    link = lambda place: f'<id>{address()}{place}</id><link href="{address()}{place}"/>'
+    head = lambda title, place, date: f"<title>{title}</title>{link(place)}<updated>{date}</updated>"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
     entries, dates = "", []
-    for version, date, notes in re.findall(r"^## (\S+?), (\S+)\n(.*?)(?=^## |\Z)", (ROOT / "CHANGELOG.md").read_text(encoding="utf8"), re.S | re.M):
+    for version, date, notes in re.findall(r"^## (\S+?), (\S+)\n(.*?)(?=^## |\Z)", changelog, re.S | re.M):
         waits = date == "unreleased"
         dates.append((changed or "1970-01-01T00:00:00Z") if waits else f"{date}T00:00:00Z")
         title = f"keras_mml {version}{', not released yet' if waits else ''}"
         content = html.escape(MarkdownIt().render(notes))
         entries += f'<entry>{head(title, f"changelog.html#v{version}", dates[-1])}<content type="html">{content}</content></entry>\n'
     author = f"<author><name>{CONFIG.author}</name></author>"
-    feed = f'<feed xmlns="http://www.w3.org/2005/Atom">{head("keras_mml: changelog", "changelog.xml", max(dates))}{author}\n{entries}</feed>\n'
-    (site / "changelog.xml").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{feed}', encoding="utf8")
+    begin = '<?xml version="1.0" encoding="utf-8"?>\n<feed xmlns="http://www.w3.org/2005/Atom">'
+    feed = f"{begin}{head('keras_mml: changelog', 'changelog.xml', max(dates))}{author}\n{entries}</feed>\n"
+    (site / "changelog.xml").write_text(feed, encoding="utf8")
 
 
 def notebook_links(source):
     "Run it, or take it along."
     colab = f"https://colab.research.google.com/github/{CONFIG.user}/{CONFIG.repo}/blob/{CONFIG.branch}/nbs/{source.as_posix()}"
     links = ((f'href="{colab}"', "play-circle", "Open in Colab"), (f'href="{source.name}" download', "download", "Download notebook"))
-    return f'<p class="notebook-links">{" ".join(f"""<a {a}><i class="bi bi-{icon}" aria-hidden="true"></i> {text}</a>""" for a, icon, text in links)}</p>'
+    shown = " ".join(f'<a {a}><i class="bi bi-{icon}" aria-hidden="true"></i> {text}</a>' for a, icon, text in links)
+    return f'<p class="notebook-links">{shown}</p>'
 
 
 def finish(site, notebooks):
-    "Nothing is fetched from elsewhere: mathematics is set by the site's own KaTeX, fonts are its own. And notebooks lie beside their pages."
+    "Nothing is fetched from elsewhere: KaTeX and fonts are the site's own. And notebooks lie beside their pages."
     for path in site.rglob("*.html"):
         page, text = path.relative_to(site), path.read_text(encoding="utf8")
         up = "../" * (len(page.parts) - 1)
         text = REMOTE_SCRIPT.sub("", KATEX_CDN.sub(f"{up}assets/katex/", text))
-        text = re.sub(r'<script src="[^"]*tabsets\.js" type="module"></script>', "", text).replace('quarto.js" type="module"', 'quarto.js" defer')
+        text = re.sub(r'<script src="[^"]*tabsets\.js" type="module"></script>', "", text)
+        text = text.replace('quarto.js" type="module"', 'quarto.js" defer')
         text = re.sub(r"<body[^>]*>", r'\g<0><a class="skip-link" href="#quarto-document-content">Skip to the text</a>', text, count=1)
         begin = f'<script src="{up}assets/site.js" defer></script>'  # before what it prepares for
         if page.name == "404.html":  # served for any address, so its own links begin at the site's
