@@ -51,6 +51,10 @@ def pack(
         layer.set_ternary_state(state, target)
     if compiled:
         target.compile(**compiled)
+    elif getattr(target, "compiled", False):
+        del target.optimizer  # it knows the latent weights
+        target.compile(optimizer=None)
+        target.compiled = False
     if isinstance(target, keras.Model):  # compiled functions that know the latent weights
         target.predict_function = target.test_function = target.train_function = None
     return target

@@ -118,7 +118,7 @@ def _torch_exports():
 
 # %% ../nbs/operators.ipynb #2891953f
 def _jax_linear(x, packed, scale, bias, gain, units, normalize, bits):
-    if _traced(x) and any(callers(*EXPORTERS)):
+    if _jax_watched(x) and any(callers(*EXPORTERS)):
         return linear_on_device(x, packed, to_float32(scale), bias, gain, units, normalize, bits)
     rows = math.prod(x.shape[:-1])
     kernel, parts = kernels.kernel_for(rows if isinstance(rows, int) else 1, x.shape[-1], units)  # rows may be symbolic
@@ -247,10 +247,10 @@ def refuse_gradient(
 ):              # `function(x)`
     "Call a function that nothing goes back through: it is an error where a gradient for `x` is needed."
     backend = keras.backend.backend()
-    if backend == "torch":
-        return _NoGradient.apply(function, x, name) if x.requires_grad and torch.is_grad_enabled() else function(x)
-    if backend == "jax" and not _traced(x):
+    if not _watched[backend](x):
         return function(x)
+    if backend == "torch":
+        return _NoGradient.apply(function, x, name)
     outputs = ops.stop_gradient(function(ops.stop_gradient(x)))
     if any(callers(*EXPORTERS)):  # some export gradients, too, needed or not
         return outputs
@@ -263,6 +263,21 @@ def _no_gradient(name):
         "from, and pack it again."
     )
 
+# %% ../nbs/operators.ipynb #3b9e60fd
+def _torch_watched(x):
+    return x.requires_grad and torch.is_grad_enabled()
+
+def _jax_watched(x):
+    import jax
+    return isinstance(x, jax.core.Tracer)
+
+def _tensorflow_watched(x):
+    import tensorflow as tf
+    from tensorflow.python.eager import record  # a tape costs as much as the product, and most of the time there is none
+    return tf.is_symbolic_tensor(x) or record.could_possibly_record()
+
+_watched = {"torch": _torch_watched, "jax": _jax_watched, "tensorflow": _tensorflow_watched}
+
 # %% ../nbs/operators.ipynb #7c41d9b2
 if keras.backend.backend() == "torch":
     class _NoGradient(torch.autograd.Function):
@@ -274,10 +289,6 @@ if keras.backend.backend() == "torch":
         @staticmethod
         def backward(context, gradient):
             raise _no_gradient(context.name)
-
-def _traced(x):
-    import jax
-    return isinstance(x, jax.core.Tracer)
 
 @functools.cache
 def _jax_refusal(name):

@@ -156,8 +156,7 @@ def test_packed_models_predict_the_same_and_are_saved(case, tmp_path):
     clone = keras.models.clone_model(packed)
     clone.set_weights(packed.get_weights())
     np.testing.assert_array_equal(array(clone(x)), outputs)
-    with pytest.raises(ValueError, match="is packed and cannot be trained"):
-        packed(x, training=True)
+    np.testing.assert_array_equal(array(packed(x, training=True)), outputs)  # as in the `fit` of a model around it
 
 
 @each(CASES)
@@ -463,7 +462,7 @@ def test_packed_layers_have_no_gradient(case):
     elif BACKEND == "jax":
         import jax
 
-        with pytest.raises(Exception, match="no gradient|cannot be differentiated"):
+        with pytest.raises(RuntimeError, match="no gradient"):
             jax.grad(lambda x: packed(x).sum())(x)
     else:
         import tensorflow as tf
@@ -471,7 +470,8 @@ def test_packed_layers_have_no_gradient(case):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = tf.reduce_sum(packed(x))
-        assert tape.gradient(y, x) is None
+        with pytest.raises(RuntimeError, match="no gradient"):
+            tape.gradient(y, x)
 
 
 @pytest.mark.any_backend

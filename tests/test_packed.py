@@ -895,6 +895,14 @@ def packed_in_place(tmp_path):
     return model, lambda: pack(model, in_place=True)
 
 
+def packed_with_an_optimizer(tmp_path):
+    "One that has seen the kernels, and that Keras cannot make again."
+    model = base_model()
+    model.compile("sgd", not_registered)
+    model.fit(INPUTS, np.zeros((7, 2, 5)), verbose=0)
+    return model, lambda: pack(model, in_place=True)
+
+
 def packed_by_a_file(tmp_path):
     "Nested, so that more than one model has listed the variables."
     model = keras.Sequential([keras.Input((4, 6)), base_model(), keras.layers.Dense(2)])
@@ -902,7 +910,8 @@ def packed_by_a_file(tmp_path):
     return model, lambda: model.load_weights(tmp_path / "m.weights.h5")
 
 
-@pytest.mark.parametrize("way", [packed_in_place, packed_by_a_file])
+@pytest.mark.filterwarnings("ignore:.*is not compiled")
+@pytest.mark.parametrize("way", [packed_in_place, packed_with_an_optimizer, packed_by_a_file])
 def test_nothing_keeps_the_float_kernels(way, tmp_path):
     model, become_packed = way(tmp_path)
     model(INPUTS)
