@@ -332,7 +332,8 @@ def test_generation_step_by_step_equals_the_whole(mixer, packed):
 
 
 OPTIONS = [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads=1, rotary=True)]
-UNKNOWN = {"sliding_window", "use_gate"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)  # before Keras 3.15 and 3.14
+# before Keras 3.15 and 3.14
+UNKNOWN = {"sliding_window", "use_gate"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if not UNKNOWN & set(o)], ids=str)
@@ -609,7 +610,8 @@ def test_radii_near_one_start_finite_in_half_precision(dtype):
 
 NO_KERNEL = dict(recurrent_initializer="orthogonal", recurrent_regularizer="l2", recurrent_constraint="non_neg", recurrent_dropout=0.1,
                  reset_after=False, use_cudnn="auto")  # fmt: skip
-OF_GRU = dict(activation="relu", recurrent_activation="hard_sigmoid", use_bias=False, kernel_initializer="he_normal", bias_initializer="ones",
+OF_GRU = dict(activation="relu", recurrent_activation="hard_sigmoid", use_bias=False,
+              kernel_initializer="he_normal", bias_initializer="ones",
               kernel_regularizer="l2", bias_regularizer="l1", activity_regularizer="l2", kernel_constraint="non_neg",
               bias_constraint="unit_norm", dropout=0.25, seed=3, return_sequences=True, return_state=True, go_backwards=True, stateful=True,
               unroll=True)  # fmt: skip
@@ -699,8 +701,9 @@ OF_NAMESAKES = [(DenseMML, keras.layers.Dense, dict(units=4)), (layers.Conv1DMML
                 (layers.Conv2DMML, keras.layers.Conv2D, dict(filters=4, kernel_size=3)),
                 (layers.DepthwiseConv2DMML, keras.layers.DepthwiseConv2D, dict(kernel_size=3)),
                 (MultiHeadAttentionMML, keras.layers.MultiHeadAttention, dict(num_heads=2, key_dim=4))]  # fmt: skip
-OTHER_VALUES = dict(activation="relu", use_bias=False, padding="same", strides=2, groups=2, depth_multiplier=2, data_format="channels_first",
-                    dilation_rate=1, value_dim=6, dropout=0.1, output_shape=5, attention_axes=(1,), flash_attention=False, seed=3, sliding_window=2,
+OTHER_VALUES = dict(activation="relu", use_bias=False, padding="same", strides=2, groups=2, depth_multiplier=2,
+                    data_format="channels_first", dilation_rate=1, value_dim=6, dropout=0.1, output_shape=5,
+                    attention_axes=(1,), flash_attention=False, seed=3, sliding_window=2,
                     use_gate=True, lora_rank=2, lora_alpha=2)  # fmt: skip
 
 

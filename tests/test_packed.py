@@ -609,7 +609,8 @@ def states(draw):
     bias, gain = (draw(st.sampled_from([0, size])) for size in (shape[-1], shape[0]))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     vectors = {"kernel_scale": shape[-1], "bias": bias, "gain": gain}
-    state = {"trits": rng.integers(-1, 2, shape).astype("int8"), **{n: rng.normal(size=s).astype("float32") for n, s in vectors.items() if s}}
+    state = {n: rng.normal(size=s).astype("float32") for n, s in vectors.items() if s}
+    state["trits"] = rng.integers(-1, 2, shape).astype("int8")
     sizes = layer_sizes(shape, bias, gain, draw(st.sampled_from(["rms", None])), draw(st.integers(2, 8)))
     kind = draw(st.sampled_from(TYPES))
     other = {**sizes, "kernel": [kind(n) for n in shape], "bias": kind(bias), "gain": kind(gain)}
@@ -665,7 +666,8 @@ def test_layers_whose_arguments_are_numpy_integers_load_in_keras_and_in_the_runt
 
 
 def base_model():
-    return keras.Sequential([keras.Input((4, 6)), keras.layers.Dense(8), DenseMML(16), keras.layers.Dropout(0.2), Conv1DMML(5, 3, norm_gain=True)])
+    before = [keras.Input((4, 6)), keras.layers.Dense(8)]
+    return keras.Sequential([*before, DenseMML(16), keras.layers.Dropout(0.2), Conv1DMML(5, 3, norm_gain=True)])
 
 
 @pytest.mark.parametrize("how", [{}, dict(training=False)])
@@ -698,7 +700,9 @@ def test_dropout_of_a_packed_model_can_stay_on():
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("layer", [lambda: DenseMML(5), lambda: Conv1DMML(5, 3, padding="same"), lambda: keras.layers.Bidirectional(GRUMML(5))])
+@pytest.mark.parametrize(
+    "layer", [lambda: DenseMML(5), lambda: Conv1DMML(5, 3, padding="same"), lambda: keras.layers.Bidirectional(GRUMML(5))]
+)
 def test_a_gradient_that_is_needed_through_a_packed_layer_is_an_error(layer, eager):
     def fit(trainable):
         inputs = keras.Input((4, 6))
@@ -865,7 +869,8 @@ class TestTensorflow:
         with pytest.raises(ValueError, match="keras_mml.export_onnx"):
             archive.write_out(tmp_path / "archive", verbose=False)
         tf.saved_model.save(packed, tmp_path / "model")  # traces it anew
-        code = "import tensorflow as tf\nm = tf.saved_model.load('model')\n((_, y),) = m.signatures['serving_default'](tf.constant(x)).items()"
+        code = "import tensorflow as tf\nm = tf.saved_model.load('model')\n"
+        code += "((_, y),) = m.signatures['serving_default'](tf.constant(x)).items()"
         y = run_elsewhere(code, tmp_path)
         np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
 
@@ -883,8 +888,10 @@ class TestTorchExport:
     def test_onnx_of_keras(self, tmp_path):
         pytest.importorskip("onnxscript")
         packed = exported_model()
-        packed.export(tmp_path / "m.onnx", format="onnx", verbose=False, input_signature=[keras.InputSpec(shape=(7, 4, 6), dtype="float32")])
-        y = run_elsewhere("import onnxruntime\nm = onnxruntime.InferenceSession('m.onnx')\n(y,) = m.run(None, {m.get_inputs()[0].name: x})", tmp_path)
+        signature = [keras.InputSpec(shape=(7, 4, 6), dtype="float32")]
+        packed.export(tmp_path / "m.onnx", format="onnx", verbose=False, input_signature=signature)
+        code = "import onnxruntime\nm = onnxruntime.InferenceSession('m.onnx')\n(y,) = m.run(None, {m.get_inputs()[0].name: x})"
+        y = run_elsewhere(code, tmp_path)
         np.testing.assert_allclose(y, array(packed(INPUTS)), rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="keras_mml.export_onnx"):
             packed.export(tmp_path / "m.onnx", format="onnx", verbose=False)
@@ -916,7 +923,8 @@ def test_nothing_keeps_the_float_kernels(way, tmp_path):
     model, become_packed = way(tmp_path)
     model(INPUTS)
     kernels = [weakref.ref(owner) for v in model.weights if v.name == "kernel" and len(v.shape) == 3 for owner in (v, v.value)]
-    kernels += [weakref.ref(w) for layer in model._flatten_layers() if isinstance(layer, DenseMML) for w in (layer.kernel, layer.kernel.value)]
+    dense = [layer for layer in model._flatten_layers() if isinstance(layer, DenseMML)]
+    kernels += [weakref.ref(w) for layer in dense for w in (layer.kernel, layer.kernel.value)]
     become_packed()
     gc.collect()
     assert len(kernels) == 4 and not any(kernel() for kernel in kernels)
@@ -937,7 +945,8 @@ def test_the_state_of_torch_is_the_packed_one(way, tmp_path):
     model.load_state_dict(state)
     np.testing.assert_array_equal(array(model(INPUTS)), expected)
     copied = pack(base_model()).state_dict()
-    assert sum("packed_kernel" in name for name in copied) and not any(tensor.isnan().any() for tensor in copied.values() if tensor.is_floating_point())
+    floats = [tensor for tensor in copied.values() if tensor.is_floating_point()]
+    assert sum("packed_kernel" in name for name in copied) and not any(tensor.isnan().any() for tensor in floats)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="checkpoints of tensorflow")
