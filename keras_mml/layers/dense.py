@@ -66,7 +66,8 @@ class DenseMML(PackableLayer):
 
     Raises:
         ValueError: for an invalid argument, an undefined last dimension, a rank below 2, or inputs of another size
-            than the layer was built for, and for training a packed layer.
+            than the layer was built for, and for the `fit` of a model that is packed.
+        RuntimeError: for a gradient that is needed through a packed layer.
 
     Example:
 
