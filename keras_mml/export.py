@@ -298,7 +298,8 @@ def _first_line(error):
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("Exception encountered", "Arguments received", "The error above"))]
     line = (lines or [type(error).__name__])[0]
-    return "What happens next depends there on the values in a tensor." if "DataDependent" in line else line
+    depends = re.search("data-?dependent", line, re.I)  # the name of the error, or the text of it
+    return "What happens next depends there on the values in a tensor." if depends else line
 
 # %% ../nbs/export.ipynb #ea6e4f3f
 def _what_failed(model, inputs, capture, error):
