@@ -130,20 +130,23 @@ CELLS = [
 ]
 
 
+FIRST = [max((case for case in EVERY if case.cls is cls), key=lambda case: len(case.arguments)) for cls in {case.cls: 0 for case in EVERY}]
+SHORT_ROWS = SHORT and BACKEND != "torch"  # which compile for every row
+LATER = pytest.mark.skip(reason="Run short, one row of each class is enough on jax and tensorflow: that with the most arguments.")
+
+
 def each(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-FIRST = list({case.cls: case for case in reversed(EVERY)}.values())  # one row of each class
+    "A test of each row."
+    some = [case if case in FIRST or not SHORT_ROWS else pytest.param(case, marks=LATER) for case in cases]
+    return pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
 
 def rows(cases):
-    "Parameters of a test of many rows that are compiled anew: on jax and tensorflow, one row of each class unless KERAS_MML_FULL=1."
-    if FULL or BACKEND == "torch":
+    "A test of many rows that are compiled together."
+    if not SHORT_ROWS:
         return pytest.mark.parametrize("cases", [cases], ids=["every row"])
-    reason = "The short form ran, with one row of each class. KERAS_MML_FULL=1 runs every row"
-    short, full = [case for case in cases if case in FIRST], pytest.param(cases, marks=pytest.mark.skip(reason=reason))
-    return pytest.mark.parametrize("cases", [short, full], ids=["one row a class", "every row"])
+    short = [case for case in cases if case in FIRST]
+    return pytest.mark.parametrize("cases", [short, pytest.param(cases, marks=LATER)], ids=["one row a class", "every row"])
 
 
 every_case = each(EVERY)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from cases import CASES, FULL, Case, data_side_by_side, side_by_side
+from cases import CASES, FIRST, FULL, Case, data_side_by_side, side_by_side
 
 import keras_mml
 from keras_mml import distribution
@@ -27,8 +27,7 @@ def divisible(case):
     return Case(case.cls, arguments, case.input_shape, None, case.weights, case.tokens)
 
 
-# Of each class, the row with the most arguments, or all rows.
-ROWS = CASES if FULL else [max((c for c in CASES if c.cls is cls), key=lambda c: len(c.arguments)) for cls in {c.cls: 0 for c in CASES}]
+ROWS = CASES if FULL else [case for case in CASES if case in FIRST]
 LAYERS = [divisible(case) for case in ROWS]
 
 
@@ -55,13 +54,15 @@ def small_data():
 
 
 def ways():
-    "Names of ways to train, and functions that take one that makes a model."
+    "Names of ways to train, and functions that take one that makes a model. Run short, without those that only divide the batch."
     if JAX:
         mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"])
         parallel = distribution.ModelParallel(distribution.layout_map(mesh))
-        return {"one": within(None), "data": within(keras.distribution.DataParallel()), "model": within(parallel)}
-    ddp, fsdp = distribution.data_parallel, distribution.fully_shard
-    return {"one": lambda make: make(), "ddp": lambda make: ddp(make()), "fsdp": lambda make: fsdp(make())}
+        found = {"one": within(None), "data": within(keras.distribution.DataParallel()), "model": within(parallel)}
+    else:
+        ddp, fsdp = distribution.data_parallel, distribution.fully_shard
+        found = {"one": lambda make: make(), "ddp": lambda make: ddp(make()), "fsdp": lambda make: fsdp(make())}
+    return found if FULL else {way: found[way] for way in found if way not in ("data", "ddp")}
 
 
 def within(value):
