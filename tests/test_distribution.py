@@ -100,7 +100,7 @@ def test_fsdp_with_other_optimizers_constraints_and_shared_layers(tmp_path):
 
 @pytest.mark.parametrize("number", lengths(16, 36))
 def test_each_checkpoint_goes_on_in_each_way(number, tmp_path):
-    "Six ways to write one, six ways to go on, or four and four: all end where a run without a break does, moments of the optimizer included."
+    "Six ways to write one, six to go on, or four and four: all end where a run without a break does, the optimizer's moments included."
     both("save_each", tmp_path)
     both("go_on_from_each", tmp_path)
     continued = sorted(tmp_path.glob("*-*-*-*.npz"))
