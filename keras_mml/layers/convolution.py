@@ -240,7 +240,8 @@ class Conv1DMML(FullConvolutionMML):
         `(batch, new_steps, filters)`, in the compute dtype of the layer. With causal padding, no output depends on later inputs.
 
     Raises:
-        ValueError: for an invalid argument, inputs of undefined channels or of fewer steps than a window, and for the `fit` of a model that is packed.
+        ValueError: for an invalid argument, inputs of undefined channels or of fewer steps than a window, and for
+            the `fit` of a model that is packed.
         RuntimeError: for a gradient that is needed through a packed layer.
 
     Example:
@@ -283,7 +284,8 @@ class Conv2DMML(FullConvolutionMML):
         `(batch, new_height, new_width, filters)`, in the compute dtype of the layer.
 
     Raises:
-        ValueError: for an invalid argument, inputs of undefined channels or smaller than a window, and for the `fit` of a model that is packed.
+        ValueError: for an invalid argument, inputs of undefined channels or smaller than a window, and for
+            the `fit` of a model that is packed.
         RuntimeError: for a gradient that is needed through a packed layer.
 
     Example:
@@ -326,7 +328,8 @@ class DepthwiseConv2DMML(ConvolutionMML):
         shape `(*kernel_size, channels * depth_multiplier)`, the outputs of one channel side by side.
 
     Raises:
-        ValueError: for an invalid argument, inputs of undefined channels or smaller than a window, and for the `fit` of a model that is packed.
+        ValueError: for an invalid argument, inputs of undefined channels or smaller than a window, and for
+            the `fit` of a model that is packed.
         RuntimeError: for a gradient that is needed through a packed layer.
 
     Example:
