@@ -17,7 +17,7 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
 
-.PHONY: help setup site notebooks lint test test-backends test-all sync benchmark benchmark-inference preview lab hooks clean
+.PHONY: help setup site notebooks lint test test-backends test-browser test-all sync benchmark benchmark-inference preview lab hooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,33 +45,34 @@ lint: setup ## look for mistakes that can be seen without running anything
 # Three rings. The first runs tutorials and long tests short, with fewer epochs and samples; the last runs everything at full length.
 short = KERAS_MML_SHORT=1
 nbdev_test = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 --doctest-modules keras_mml tests
-# Pages where nothing depends on the backend, or that hand their models to a process with torch
+pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+everything = --doctest-modules keras_mml tests
+# Without pages where nothing depends on the backend, or that hand their models to a process with torch
 library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(export|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch
 	@echo "→ notebooks on torch, short"
 	@$(short) $(nbdev_test) $(or_stop)
 	@echo "→ docstring examples and tests/ on torch, short, without a browser"
-	@$(short) $(pytest) -m "not browser" $(or_stop)
+	@$(short) $(pytest) $(everything) -m "not browser" $(or_stop)
 
 test-backends: test-on-jax test-on-tensorflow ## run what depends on the backend on jax and tensorflow
 test-on-%: .venv/.ready-backends
 	@echo "→ the library's notebooks on $*, short"
 	@$(short) KERAS_BACKEND=$* $(nbdev_test) $(library) $(or_stop)
-	@echo "→ docstring examples and tests/ on $*, short"
-	@$(short) KERAS_BACKEND=$* JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(pytest) -m "not any_backend and not browser" $(or_stop)
+	@echo "→ tests/ on $*, short"
+	@$(short) KERAS_BACKEND=$* JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(pytest) tests -m "not any_backend and not browser" $(or_stop)
 
 test-browser: setup ## look at some pages of the site, and run the first tutorial, short, in JupyterLab
-	@$(short) $(BIN)/python -m pytest -n 2 --dist worksteal tests -m browser $(or_stop)
+	@$(short) $(pytest) tests -m browser $(or_stop)
 
-test-all: lint .venv/.ready-backends ## run everything at full length, on all backends, with the site and JupyterLab in a browser
-	@$(nbdev_test) $(or_stop)
-	@$(pytest) $(or_stop)
-	@for backend in jax tensorflow; do \
-	    KERAS_BACKEND=$$backend $(nbdev_test) $(library); \
-	    KERAS_BACKEND=$$backend $(pytest) -m "not any_backend and not browser"; \
-	done $(or_stop)
+test-all: lint all-on-torch all-on-jax all-on-tensorflow ## run everything at full length, on all backends, with the site and JupyterLab in a browser
+all-on-torch: .venv/.ready-backends
+	@KERAS_BACKEND=torch $(nbdev_test) $(or_stop)
+	@KERAS_BACKEND=torch $(pytest) $(everything) $(or_stop)
+all-on-%: .venv/.ready-backends
+	@KERAS_BACKEND=$* $(nbdev_test) $(library) $(or_stop)
+	@KERAS_BACKEND=$* $(pytest) $(everything) -m "not any_backend and not browser" $(or_stop)
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export $(or_stop)

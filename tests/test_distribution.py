@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from cases import lengths
 
+from keras_mml.testing import SHORT
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]  # the processes choose their backends
 if os.environ.get("KERAS_BACKEND", "torch") != "torch":
@@ -123,6 +125,7 @@ def script(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.skipif(SHORT, reason="Run short, the tutorial about scaling out kills a worker of torchrun.")
 def test_a_killed_worker_of_torchrun(script):
     "torchrun starts the job again, which goes on from the last checkpoint and ends where an undisturbed one does, bit for bit."
     for name, more in (("killed", ["--kill-in", "1"]), ("undisturbed", [])):
