@@ -180,8 +180,9 @@ def main():
         print(f"→ building the site with {'Quarto' if quarto else 'smalldocs (Quarto is not installed)'}")
         stage()
         process()
-        renderer = [quarto, "render", "--no-execute"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render"]
-        subprocess.run([*renderer, PROCESSED], check=True)
+        renderer = [quarto] if quarto else [sys.executable, "-m", "smalldocs.cli"]
+        options = ["--no-execute"] if quarto else []  # which Quarto wants behind the folder
+        subprocess.run([*renderer, "render", PROCESSED, *options], check=True)
         finish_site.finish(PROCESSED / "_docs", STAGED)
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.move(PROCESSED / "_docs", SITE)
