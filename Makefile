@@ -44,11 +44,12 @@ lint: setup ## look for mistakes that can be seen without running anything
 
 # Three rings. The first runs tutorials and long tests short, with fewer epochs and samples; the last runs everything at full length.
 short = KERAS_MML_SHORT=1
-nbdev_test = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+# Two at a time, with a thread each; numba's threads would be torch's, too, for all notebooks that the same process runs next
+nbdev_test = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 everything = --doctest-modules keras_mml tests
 # Without pages where nothing depends on the backend, or that hand their models to a process with torch
-library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(export|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
+library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(distribution|export|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch
 	@echo "→ notebooks on torch, short"
@@ -56,8 +57,12 @@ test: lint ## run the notebooks, short, the docstring examples and tests/ on tor
 	@echo "→ docstring examples and tests/ on torch, short, without a browser"
 	@$(short) $(pytest) $(everything) -m "not browser" $(or_stop)
 
+# TensorFlow comes last: Keras imports it in every process where it is installed, on any backend, which takes seconds each time
 test-backends: test-on-jax test-on-tensorflow ## run what depends on the backend on jax and tensorflow
-test-on-%: .venv/.ready-backends
+	@for backend in torch jax; do $(short) KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -m with_tensorflow $(or_stop); done
+test-on-jax: setup
+test-on-tensorflow: .venv/.ready-backends
+test-on-%:
 	@echo "→ the library's notebooks on $*, short"
 	@$(short) KERAS_BACKEND=$* $(nbdev_test) $(library) $(or_stop)
 	@echo "→ tests/ on $*, short"

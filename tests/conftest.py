@@ -1,5 +1,6 @@
 """The backend is chosen by KERAS_BACKEND, torch unless set; everything else is Keras' default."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -9,8 +10,18 @@ import keras
 import pytest
 from hypothesis import settings
 
+from keras_mml.testing import SHORT
+
 settings.register_profile("keras_mml", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("keras_mml")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SHORT and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="Too long for a short run; `make test-all` runs it."))
+        if item.get_closest_marker("with_tensorflow") and importlib.util.find_spec("tensorflow") is None:
+            item.add_marker(pytest.mark.skip(reason="needs TensorFlow"))
 
 
 @pytest.fixture(autouse=True)

@@ -305,7 +305,6 @@ def test_zero_is_float_training():
     assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
 
 
-@pytest.mark.slow
 @rows(TERNARY)
 def test_zero_is_float_training_for_every_layer(cases):
     "All side by side, each with an output and a loss of its own."

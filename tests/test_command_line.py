@@ -125,7 +125,6 @@ def test_commands_that_cannot_be_understood_exit_with_2(arguments, capsys):
     assert error.value.code == 2 and "usage: keras-mml" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_command_works_without_a_chosen_backend(folder):
     "As a process of its own, as whoever just installed the package runs it."
     if keras.backend.backend() == "jax":
@@ -139,8 +138,8 @@ def test_the_command_works_without_a_chosen_backend(folder):
         assert result.returncode == expected and "Traceback" not in result.stderr, result.stderr[-1000:]
 
 
+@pytest.mark.with_tensorflow
 def test_models_of_texts_cannot_be_measured(capsys):
-    pytest.importorskip("tensorflow", reason="texts are tensors of tensorflow")
     texts = keras.Input((1,), dtype="string")
     numbers = keras.layers.StringLookup(vocabulary=["a", "b"])(texts)
     keras.Model(texts, DenseMML(2)(keras.layers.Embedding(3, 4)(numbers))).save("texts.keras")

@@ -289,9 +289,9 @@ def test_what_cannot_work_says_why(make, message):
     assert message in str(error.value)
 
 
+@pytest.mark.with_tensorflow
 @pytest.mark.parametrize("copied", [lambda m: ternarize(m, verbose=False), pack, to_dense], ids=["ternarize", "pack", "to_dense"])
 def test_vocabularies_are_copied(copied):
-    pytest.importorskip("tensorflow", reason="vocabularies are tables of tensorflow")
     lookup = layers.IntegerLookup()
     lookup.adapt(np.array([10, 20, 30]))
     hidden = matmul_free.DenseMML(4, norm=None) if copied in (pack, to_dense) else layers.Dense(4)
@@ -438,10 +438,10 @@ def test_what_normalizations_have_adapted_to_is_copied(copied):
     assert abs(array(copy.layers[0](x)).mean()) < 0.1
 
 
+@pytest.mark.with_tensorflow
 @copied
 @pytest.mark.parametrize("lookup", [layers.IntegerLookup, layers.TextVectorization])
 def test_weighted_vocabularies_are_copied(copied, lookup):
-    pytest.importorskip("tensorflow", reason="vocabularies are tables of tensorflow")
     words = np.array([["7"], ["7"], ["8"]]) if lookup is layers.TextVectorization else np.array([[7], [7], [8]])
     lookup = lookup(output_mode="tf_idf")
     lookup.adapt(words)

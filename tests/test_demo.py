@@ -13,8 +13,9 @@ import pytest
 from keras_mml.datasets import load_mnist
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
-sys.path.insert(0, str(NOTEBOOKS.parent / "tools"))
-import demo
+sys.path[:0] = [str(NOTEBOOKS.parent / "tools"), str(NOTEBOOKS / "benchmarks")]
+import build_site
+import ship
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -30,7 +31,7 @@ THREE = [(0.3, 0.25), (0.5, 0.16), (0.66, 0.26), (0.6, 0.42), (0.46, 0.48), (0.6
 
 @pytest.fixture(scope="module")
 def weights():
-    return demo.saved_weights(NOTEBOOKS)
+    return build_site.digit_weights()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_weights_are_small(weights):
 def test_all_test_digits_are_read_as_in_python(open_page, weights):
     (_, _), (images, labels) = load_mnist()
     images = images.reshape(-1, 784)
-    expected = demo.packed_model(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
+    expected = ship.packed_digits(weights).predict(images.astype("float32") / 255, batch_size=1000, verbose=0)
     page = open_page()
     received = page.evaluate(
         """(base64) => {

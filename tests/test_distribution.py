@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from cases import lengths
 
-from keras_mml.testing import SHORT
-
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.any_backend, pytest.mark.slow]  # the processes choose their backends
+pytestmark = [pytest.mark.any_backend]  # the processes choose their backends
 if os.environ.get("KERAS_BACKEND", "torch") != "torch":
     pytest.skip("The processes choose their backends; torch's run tests them.", allow_module_level=True)
 pytest.importorskip("jax")
@@ -67,7 +65,7 @@ def difference(path, other):
 
 
 @pytest.mark.parametrize("number", lengths(1, 2))
-@pytest.mark.parametrize("backend, ways", [("jax", ["data", "model"]), ("torch", ["ddp", "fsdp"])])
+@pytest.mark.parametrize("backend, ways", [pytest.param("jax", ["data", "model"], marks=pytest.mark.slow), ("torch", ["ddp", "fsdp"])])
 def test_every_layer_trains_as_on_one_device(backend, ways, number, tmp_path):
     "Sums are taken in another order. Where that decides how an input or a weight is rounded, a layer parts by a little; others do not."
     finish(start(backend, *(TORCHRUN if backend == "torch" else []), WORKER, "train_layers", tmp_path))
@@ -125,7 +123,7 @@ def script(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.skipif(SHORT, reason="Run short, the tutorial about scaling out kills a worker of torchrun.")
+@pytest.mark.slow  # in a short run, the tutorial about scaling out does it
 def test_a_killed_worker_of_torchrun(script):
     "torchrun starts the job again, which goes on from the last checkpoint and ends where an undisturbed one does, bit for bit."
     for name, more in (("killed", ["--kill-in", "1"]), ("undisturbed", [])):
@@ -138,6 +136,7 @@ def test_a_killed_worker_of_torchrun(script):
     assert not list(script.glob("~*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_jax(script):
     command = [script / "scale_out.py", script / "start.keras", "--how", "model"]
     (script / "killed.keras").write_bytes((script / "start.keras").read_bytes())

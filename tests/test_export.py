@@ -350,7 +350,6 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         keras_mml.export_onnx(model, tmp_path / "model.onnx")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="For the other backends.")
 def test_from_this_backend(tmp_path):
     model = keras.Sequential([keras.Input((20,)), DenseMML(30, activation="relu"), DenseMML(3)])
@@ -370,7 +369,6 @@ np.save("expected.npy", keras_mml.pack(model).predict(np.load("x.npy"), verbose=
 """
 
 
-@pytest.mark.slow
 @on_torch
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_from_jax(tmp_path):

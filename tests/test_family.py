@@ -183,7 +183,6 @@ def test_clones_and_containers(case):
     np.testing.assert_allclose(array(Subclassed()(x)), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 @rows(EVERY)
 def test_mixed_precision_keeps_float32_weights_and_trains(cases, dtype):

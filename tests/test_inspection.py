@@ -561,7 +561,6 @@ def stored(path):
     return sum(sizes)
 
 
-@pytest.mark.slow
 @rows(TERNARY)
 def test_bytes_of_every_layer_are_those_of_packed_models(cases, tmp_path):
     model = side_by_side(cases)
@@ -848,9 +847,9 @@ def test_comparisons_are_known_and_cost_nothing():
     assert total["complete"] and (total["multiplications"], total["additions"]) == (0, 0)
 
 
+@pytest.mark.with_tensorflow
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="which has texts")
 def test_models_of_texts_are_named():
-    pytest.importorskip("tensorflow", reason="texts are tensors of tensorflow")
     texts = keras.Input((1,), dtype="string", name="words")
     model = keras.Model(texts, layers.Embedding(3, 4)(layers.StringLookup(vocabulary=["a", "b"])(texts)), name="reader")
     with pytest.raises(ValueError, match="'reader' takes texts, which are tensors with tensorflow only"):

@@ -155,7 +155,6 @@ def check():
 """
 
 
-@pytest.mark.slow
 @needs_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_computes_the_same():
@@ -179,15 +178,14 @@ print(os.waitpid(child, 0)[1])
 HOST = set() if vector_kernels is None else vector_kernels.cpu_features()
 
 
-@pytest.mark.slow
 @needs_numba
 @pytest.mark.parametrize(
     "name, features, expected",
     [
-        ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "avx2"),
+        pytest.param("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "avx2", marks=pytest.mark.slow),
         ("haswell", None, "avx2"),
         ("generic", None, "generic"),
-        ("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512vnni", "avx_vnni"),
+        pytest.param("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512vnni", "avx_vnni", marks=pytest.mark.slow),
         ("alderlake", "+avx,+avx2,+fma,+avxvnni", "avx_vnni"),
         ("icelake-server", "+avx2,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni", "avx512_vnni"),
     ],
@@ -200,6 +198,7 @@ def test_other_processors(name, features, expected):
     assert run_python(code, **environment) == expected
 
 
+@pytest.mark.slow
 @needs_numba
 def test_instructions_that_numba_was_told_not_to_use_are_not_used():
     code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"

@@ -64,7 +64,6 @@ def test_layers_say_what_they_take_and_show_an_example(name):
     assert all(part in text for part in parts) or re.search(r"[Aa]rguments\b.* those of `\w+MML`", text)
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_no_data(tmp_path):
     pytest.importorskip("build")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -346,7 +346,6 @@ def test_a_truncated_file_is_not_loaded(keep, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
-@pytest.mark.slow
 def test_a_model_loads_in_a_fresh_process_on_every_backend(tmp_path):
     packed = pack(functional_without_own_layers())
     packed.save(tmp_path / "m.keras")

@@ -422,7 +422,6 @@ def damaged(content, parts, used, rng):
     return rebuilt({**parts, "config.json": json.dumps(config)})
 
 
-@pytest.mark.slow
 @pytest.mark.any_backend
 @pytest.mark.parametrize("number_of_files", lengths(500, 10_000))
 def test_damaged_files(number_of_files, seed=0):

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import finish_site
 import nbformat
 import yaml
@@ -26,7 +25,7 @@ from nbdev.doclinks import NbdevLookup, _build_modidx
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, STAGED, PROCESSED, SITE = ROOT / "nbs", ROOT / "_build" / "staged", ROOT / "_proc", ROOT / "_docs"
+SOURCE, PROCESSED, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 MADE_FROM = ("nbs", "keras_mml", "tools", "_quarto.yml", "settings.ini", "CHANGELOG.md")
 
 
@@ -44,29 +43,30 @@ def is_current():
     return stamp.exists() and stamp.read_text() == fingerprint()
 
 
-def stage():
-    "Copy the sources: the demo changes some."
-    shutil.rmtree(STAGED, ignore_errors=True)
-    shutil.copytree(SOURCE, STAGED, ignore=shutil.ignore_patterns(".*", "*.npz", "*.tmp"))
-    demo.prepare(STAGED)
-
-
 def process():
     "Run nbdev's processors (links, documentation of exported code, hidden cells) into _proc, and go over what they wrote."
     _build_modidx()
     shutil.rmtree(PROCESSED, ignore_errors=True)
-    proc_nbs(path=STAGED, force=True, n_workers=2)
+    proc_nbs(path=SOURCE, force=True, n_workers=2)
     for path in PROCESSED.rglob("*.ipynb"):
         process_page(path, path.relative_to(PROCESSED).with_suffix(".html"))
     changes = NbdevLookup().linkify((ROOT / "CHANGELOG.md").read_text(encoding="utf8").split("\n", 1)[1])
     changes = linked(re.sub(r"^## (\S+), .*$", r"## \1 {#v\1}", changes, flags=re.M), "")
     front = "---\ntitle: Changelog\ndescription: What changed, version by version\nimage: /cards/index.png\nrepo-actions: false\n---\n"
+    (PROCESSED / "assets" / "demo" / "weights.js").write_text(f"window.kerasMmlDigitWeights = {digit_weights()};\n", encoding="utf8")
     (PROCESSED / "changelog.md").write_text(front + changes, encoding="utf8")
+
+
+def digit_weights():
+    "The weights of the digit demo, as JSON text: those that the first tutorial wrote into its output."
+    outputs = (SOURCE / "tutorials" / "mnist.ipynb").read_text(encoding="utf8")
+    found = re.search(r'class=\\"digit-weights\\">(.*?)</script>', outputs)
+    return json.loads(f'"{found[1]}"')
 
 
 def process_page(path, page):
     notebook, up, name = nbformat.read(path, 4), "../" * (len(page.parts) - 1), "-".join(page.with_suffix("").parts)
-    within_section, pictures = False, []
+    within_section, plots = False, []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_alternatives(linked(cell.source, up))
@@ -81,18 +81,19 @@ def process_page(path, page):
             if "text/markdown" in data:
                 shown = linked(documentation(finish_site.with_source(data["text/markdown"], page)), up)
                 data["text/markdown"] = shown if within_section else re.sub(r"^### ", "## ", shown, flags=re.M)
-            if {"image/svg+xml", "image/png"} & set(data):
-                pictures.append(finish_site.picture(data))
-                file = f"plots/{name}-{len(pictures)}.webp"  # a file: ids within it meet no others, and pages show before their plots
-                finish_site.save(pictures[-1], PROCESSED / file)
-                width, height = pictures[-1].width // 2, pictures[-1].height // 2
-                size = f'width="{width}" height="{height}" class="plot{" wide" if width > 700 else ""}"'  # wide ones scroll on a phone
-                output.data = {"text/html": f'<p><img src="{up}{file}" alt={options.get("fig-alt", "")} {size} loading="lazy"></p>'}
+            if "image/svg+xml" in data:
+                plots.append(finish_site.raster(data["image/svg+xml"], zoom=2))  # for sharp screens
+                file = f"plots/{name}-{len(plots)}.webp"
+                finish_site.save(plots[-1], PROCESSED / file)
+                width, height = (length // 2 for length in plots[-1].size)
+                attributes = f'alt={options.get("fig-alt", "")} width="{width}" height="{height}" loading="lazy"'
+                wide = " wide" * (width > 700)  # those scroll on a phone
+                output.data = {"text/html": f'<p><img class="plot{wide}" src="{up}{file}" {attributes}></p>'}
     front = notebook.cells[0]
     texts = {key: re.sub(r"[`*]", "", str(text)) for key, text in yaml.safe_load(front.source.strip("-\n ")).items()}
-    card = f"cards/{name if pictures else 'index'}.png"
-    if pictures or name == "index":
-        finish_site.write_card(PROCESSED / card, texts["title"], texts["description"], *pictures[:1])
+    card = f"cards/{name if plots else 'index'}.png"
+    if plots or name == "index":
+        finish_site.write_card(PROCESSED / card, texts["title"], texts["description"], *plots[:1])
     front.source = re.sub(r"^output-file: .*\n", "", front.source, flags=re.M).replace("---\n", f"---\nimage: /{card}\n", 1)
     nbformat.write(notebook, path)
 
@@ -178,12 +179,11 @@ def main():
     if not is_current():
         quarto = shutil.which("quarto")
         print(f"→ building the site with {'Quarto' if quarto else 'smalldocs (Quarto is not installed)'}")
-        stage()
         process()
         renderer = [quarto] if quarto else [sys.executable, "-m", "smalldocs.cli"]
         options = ["--no-execute"] if quarto else []  # which Quarto wants behind the folder
         subprocess.run([*renderer, "render", PROCESSED, *options], check=True)
-        finish_site.finish(PROCESSED / "_docs", STAGED)
+        finish_site.finish(PROCESSED / "_docs", SOURCE)
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.move(PROCESSED / "_docs", SITE)
         (SITE / ".built-from").write_text(sources)

@@ -2,51 +2,37 @@
 
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from bs4 import BeautifulSoup
 from nbdev.config import get_config
 
 BASE = get_config(path=Path(__file__).resolve().parent.parent).doc_baseurl + "/"  # where links of the 404 page may begin
-NOT_LOADED = {"canonical", "alternate", "prev", "next"}  # a browser loads other <link>s by itself, and whatever has a src
+LOADED = "[src], link[href]:not([rel~=canonical], [rel~=alternate], [rel~=prev], [rel~=next])"  # what a browser loads by itself
 REMOTE = re.compile(r"(?:@import\s*|url\(\s*)[\"']?((?:https?:)?//[^\s)\"';]+)", re.I)  # in a style sheet, with or without url() and quotes
-
-
-class Page(HTMLParser):
-    "The ids of a page, what it links to, what it loads, and its images without a description."
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.links, self.loads, self.bare = set(), [], REMOTE.findall(text), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.ids |= {values.get("id"), values.get("name")}
-        loaded = values.get("src") or (tag == "link" and values.get("rel") not in NOT_LOADED and values.get("href"))
-        self.loads += [loaded] if loaded else []
-        self.links += [values["href"]] if tag == "a" and values.get("href") else []
-        self.bare += [values.get("src", "")[:60]] if tag == "img" and not values.get("alt") else []
 
 
 def problems(site):
     "A line for everything that is wrong."
-    pages = {path: Page(path.read_text(encoding="utf8")) for path in site.rglob("*.html")}
+    pages = {path: BeautifulSoup(path.read_text(encoding="utf8"), "html.parser") for path in site.rglob("*.html")}
+    ids = {path: {tag.get(name) for tag in page.select("[id], [name]") for name in ("id", "name")} for path, page in pages.items()}
     for path, page in pages.items():
         where = path.relative_to(site)
-        yield from (f"{where} shows {image} without alternative text" for image in page.bare)
-        yield from (f"{where} loads {url} from elsewhere" for url in page.loads if re.match(r"(https?:)?//", url))
-        for url in [*page.links, *page.loads]:
+        yield from (f"{where} shows {image['src'][:60]} without alternative text" for image in page.select("img:not([alt]), img[alt='']"))
+        loads = [tag.get("src") or tag["href"] for tag in page.select(LOADED)]
+        remote = [*REMOTE.findall(str(page)), *(url for url in loads if re.match(r"(https?:)?//", url))]
+        yield from (f"{where} loads {url} from elsewhere" for url in remote)
+        for url in [*loads, *(tag["href"] for tag in page.select("a[href]"))]:
             parts = urlsplit(url)
-            if parts.scheme or parts.netloc:
+            if parts.scheme or parts.netloc or not url:
                 continue
             start, place = (site, parts.path.removeprefix(BASE)) if parts.path.startswith(BASE) else (path.parent, parts.path)
             target = (start / unquote(place)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
             if not target.exists():
                 yield f"{where} links to {url}, which does not exist"
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
+            elif parts.fragment and unquote(parts.fragment) not in ids.get(target, {unquote(parts.fragment)}):
                 yield f"{where} links to {url}, but there is no such place on that page"
     for sheet in site.rglob("*.css"):
         yield from (f"{sheet.relative_to(site)} loads {url} from elsewhere" for url in REMOTE.findall(sheet.read_text(encoding="utf8")))

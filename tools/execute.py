@@ -25,19 +25,13 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# What TensorFlow's C++ prints while Keras imports it, wherever it happens to be installed
-NATIVE_LOG = re.compile(r"^(WARNING: All log messages before absl.*|[IWE]0000 \d+.*|To enable the following instructions:.*)\n?", re.M)
-# Sharp plots in the house style; what a reader's own Jupyter shows is up to them.
-STYLE = """
-%config InlineBackend.figure_formats = ["svg"]
-%config InlineBackend.rc = {}
-import matplotlib
-matplotlib.rcParams.update({
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "figure.constrained_layout.use": True,
-    "svg.hashsalt": "keras_mml", "image.interpolation": "nearest", "figure.dpi": 100,
-})
-"""
+# Colours, dates of plots, and what TensorFlow's C++ prints while Keras imports it, wherever it happens to be installed
+NOISE = re.compile(
+    r"\x1b\[[0-9;]*[A-Za-z]|\s*<dc:date>.*?</dc:date>"
+    r"|^(?:WARNING: All log messages before absl.*|[IWE]0000 \d+.*|To enable the following instructions:.*)\n?",
+    re.M,
+)
+KERNEL = ["--log-level=ERROR", "--InlineBackend.figure_formats=svg"]  # plots are sharp
 
 
 def fingerprint(notebook):
@@ -56,51 +50,39 @@ def is_current(path):
 
 
 def shown(text):
-    "Without colours, and without what TensorFlow says of itself."
-    return NATIVE_LOG.sub("", ANSI.sub("", text))
+    "Without colours, dates of plots, and what TensorFlow says of itself."
+    return NOISE.sub("", text)
 
 
 def tidy(outputs):
-    "Outputs as they belong into a committed notebook: no colours, no dates, no counts."
+    "Outputs as they belong into a committed notebook."
     for output in outputs:
         if "execution_count" in output:
             output.execution_count = None
         if output.output_type == "stream":
             output.text = shown(output.text)
-        for mime, data in output.get("data", {}).items():
-            if mime in ("text/plain", "image/svg+xml"):
-                output.data[mime] = re.sub(r"\s*<dc:date>.*?</dc:date>", "", ANSI.sub("", data))
+        for mime in {"text/plain", "image/svg+xml"} & set(output.get("data", {})):
+            output.data[mime] = shown(output.data[mime])
     return [output for output in outputs if output.output_type != "stream" or output.text.strip()]
-
-
-class Client(NotebookClient):
-    "A client that skips `#| eval: false` and reports every cell."
-
-    async def async_execute_cell(self, cell, cell_index, **kwargs):
-        skip = cell.cell_type == "code" and re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M)
-        result = cell if skip else await super().async_execute_cell(cell, cell_index, **kwargs)
-        self.report()
-        return result
 
 
 def execute(path, bar, running):
     "Execute a notebook, and write it by way of a temporary file, so that an interruption never leaves half of one."
     start, notebook = time.time(), nbformat.read(path, 4)
-    key = fingerprint(notebook)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(STYLE))
-    options = dict(timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"], coalesce_streams=True)
-    client = Client(notebook, resources={"metadata": {"path": str(path.parent)}}, **options)
-    client.report = bar.update
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.metadata.tags = ["skip"] * bool(re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M))
+    options = dict(timeout=None, kernel_name="python3", extra_arguments=KERNEL, coalesce_streams=True, skip_cells_with_tag="skip")
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **options)
+    client.on_cell_start = lambda **_: bar.update()
     running.append(client)
     client.execute()
     running.remove(client)
-    del notebook.cells[0]
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.execution_count, cell.outputs = None, tidy(cell.outputs)
+    for cell in code:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key not in ("tags", "execution")}
+        cell.execution_count, cell.outputs = None, tidy(cell.outputs)
     notebook.metadata.pop("language_info", None)
-    notebook.metadata["executed"] = key
+    notebook.metadata["executed"] = fingerprint(notebook)
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
@@ -119,7 +101,7 @@ def execute_all(paths):
 
     for name in (signal.SIGINT, signal.SIGTERM):  # also in the background, where shells have SIGINT ignored
         signal.signal(name, stop)
-    cells = sum(len(nbformat.read(path, 4).cells) + 1 for path in paths)
+    cells = sum(len(nbformat.read(path, 4).cells) for path in paths)
     with tqdm(total=cells, unit="cell") as bar, ThreadPoolExecutor(2) as pool:
         for path, future in [(path, pool.submit(execute, path, bar, running)) for path in paths]:
             try:
@@ -138,6 +120,7 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ.pop("MPLBACKEND", None)  # plots belong into the notebook, whatever the shell says
+    os.environ["MATPLOTLIBRC"] = str(NOTEBOOKS)  # their style
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

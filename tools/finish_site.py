@@ -1,7 +1,6 @@
 """What the site has besides its pages: links to public names, pictures, a search that knows them, a feed; nothing from elsewhere."""
 
 import ast
-import base64
 import functools
 import html
 import io
@@ -22,10 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(path=ROOT)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
 REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)  # for widgets
-# fonts; their addresses have semicolons
-REMOTE_IMPORT = re.compile(
-    r"""@import\s*(?:url\(\s*)?(?:"(?:https?:)?//[^"]*"|'(?:https?:)?//[^']*'|(?:https?:)?//[^)]*)\s*\)?[^;]*;""", re.I
-)
+REMOTE_IMPORT = re.compile(r"""@import\s*(?=(?:url\(\s*)?["']?(?:https?:)?//)(?:url\([^)]*\)|"[^"]*"|'[^']*')[^;]*;""", re.I)  # fonts
 
 
 def address():
@@ -76,13 +72,6 @@ def with_source(markdown, page):
 def raster(svg, **size):
     content = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, skip_system_fonts=True, **size)
     return Image.open(io.BytesIO(bytes(content))).convert("RGB")
-
-
-def picture(data):
-    "A plot in an output, at twice its size for sharp screens."
-    if "image/svg+xml" in data:
-        return raster(data["image/svg+xml"], zoom=2)
-    return Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
 
 
 def save(image, target):

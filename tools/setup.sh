@@ -42,13 +42,6 @@ free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1024)}')
 if [ "$free" -lt 2000 ]; then fail "only $free MB of disk are free, and the packages need up to 4 GB. Free some and run the same command again."; fi
 
 echo "→ installing keras_mml[$extras] into .venv (some minutes the first time)"
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$extras]" >"$log" 2>&1 &
-pip=$!
-trap 'kill "$pip" 2>/dev/null || true' EXIT  # also after Ctrl-C, which does not reach it
-while kill -0 "$pip" 2>/dev/null; do  # a line whenever pip starts on something new
-    sleep 2
-    now=$(grep -E "^(Collecting|Downloading|Building|Installing collected)" "$log" | tail -n 1 | cut -c 1-70 || true)
-    if [ "$now" != "${last:-}" ] && [ -n "$now" ]; then echo "  $now"; last=$now; fi
-done
-wait "$pip" || explain
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$extras]" 2>&1 | tee "$log" |
+    { grep --line-buffered -E "^(Collecting|Downloading|Building|Installing collected)" || true; } | cut -c 1-70 || explain
 rm -f "$log"

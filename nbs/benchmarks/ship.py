@@ -7,6 +7,7 @@ in Python takes turns on one thread; the page times its own calls, many in a row
 """
 
 import base64
+import json
 import os
 import shutil
 import sys
@@ -62,6 +63,23 @@ def session(path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def packed_digits(weights):
+    "The Keras model of the digit demo, from its weights as JSON text."
+    import keras
+    import numpy as np
+
+    from keras_mml.layers import DenseMML
+    from keras_mml.packing import unpack_ternary
+
+    layers = [(DenseMML(saved["units"], activation=saved["activation"], packed=True), saved) for saved in json.loads(weights)["layers"]]
+    model = keras.Sequential([keras.Input((784,)), *(layer for layer, _ in layers)])
+    for layer, saved in layers:
+        trits, bias = (np.frombuffer(base64.b64decode(saved[name]), dtype) for name, dtype in (("trits", "u1"), ("bias", "<f4")))
+        trits = unpack_ternary(trits, (saved["inputs"], saved["units"]), bits=1.6)
+        layer.set_ternary_state({"trits": trits, "kernel_scale": np.full(saved["units"], saved["scale"], "float32"), "bias": bias})
+    return model
+
+
 def main():
     one_thread()
     import keras
@@ -74,10 +92,10 @@ def main():
     from keras_mml.datasets import load_mnist
 
     sys.path.insert(0, str(ROOT / "tools"))
-    import demo
+    import build_site
 
-    weights = demo.saved_weights(ROOT / "nbs")
-    packed = demo.packed_model(weights)
+    weights = build_site.digit_weights()
+    packed = packed_digits(weights)
     _, (images, labels) = load_mnist()
     x = images.reshape(-1, 784).astype("float32") / 255
     with tempfile.TemporaryDirectory() as folder:
