@@ -12,13 +12,15 @@ from hypothesis import settings
 
 from keras_mml.testing import SHORT
 
+BACKEND = keras.backend.backend()
+
 settings.register_profile("keras_mml", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("keras_mml")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if SHORT and item.get_closest_marker("slow"):
+        if SHORT and (item.get_closest_marker("slow") or BACKEND != "torch" and item.get_closest_marker("slow_to_compile")):
             item.add_marker(pytest.mark.skip(reason="Too long for a short run; `make test-all` runs it."))
         if item.get_closest_marker("with_tensorflow") and importlib.util.find_spec("tensorflow") is None:
             item.add_marker(pytest.mark.skip(reason="needs TensorFlow"))
@@ -33,7 +35,7 @@ def seeds():
 @pytest.fixture(autouse=True)
 def one_thread_of_torch():
     "Tests run side by side, and torch's threads that share cores wait for each other most of the time. Each time: numba's set it, too."
-    if keras.backend.backend() == "torch":
+    if BACKEND == "torch":
         import torch
 
         torch.set_num_threads(1)

@@ -305,6 +305,7 @@ def test_zero_is_float_training():
     assert abs(plain["loss"][-1] / theirs["loss"][-1] - 1) > 0.01  # and ternary training is something else
 
 
+@pytest.mark.slow_to_compile
 @rows(TERNARY)
 def test_zero_is_float_training_for_every_layer(cases):
     "All side by side, each with an output and a loss of its own."
@@ -325,6 +326,7 @@ def test_zero_is_float_training_for_every_layer(cases):
         assert not np.allclose(of_plain, theirs[name], rtol=1e-4), name
 
 
+@pytest.mark.slow_to_compile
 def test_compiled_steps_follow_the_schedule():
     "The same as taking each step with quantizers that know its λ as a number, in functions made for that step."
     model, by_hand = network(), network()
@@ -749,6 +751,7 @@ def test_monitors_count_what_training_changes():
     assert history["trits_zero/hidden"] == [(after[0] == 0).mean()]
 
 
+@pytest.mark.slow_to_compile
 def test_nested_layers_and_equal_names():
     class Twins(keras.Model):
         def __init__(self):

@@ -64,6 +64,7 @@ def test_the_scale_is_that_of_least_squares(scale, shape):
     assert (fit_scale(np.zeros((4, 3), "float32"), quantizer) == 0).all()
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("build, count", [(mlp, 2), (convnet, 3), (encoder, 6)])
 def test_twins_compute_what_ternary_weights_would_in_the_float_model(build, count):
     model = shaken(build())
@@ -149,6 +150,7 @@ def test_nested_shared_and_distributed_layers():
     assert tuple(ternary(x).shape) == (2, 3)
 
 
+@pytest.mark.slow_to_compile
 def test_grouped_queries_and_recurrences():
     inputs = keras.Input((6, 16))
     x = layers.GroupQueryAttention(head_dim=4, num_query_heads=4, num_key_value_heads=2)(inputs, inputs)
@@ -174,6 +176,7 @@ def test_grouped_queries_and_recurrences():
     assert correlation > 0.5
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("scale", ["tensor", "channel"])
 def test_calibration_brings_outputs_closer(scale):
     model = shaken(keras.Sequential([keras.Input((32,)), *[layers.Dense(64, activation="relu") for _ in range(4)], layers.Dense(8)]))
@@ -185,6 +188,7 @@ def test_calibration_brings_outputs_closer(scale):
     assert errors[1] < 0.7 * errors[0]
 
 
+@pytest.mark.slow_to_compile
 def test_mobilenet_is_converted_and_packed():
     model = keras.applications.MobileNetV2(weights=None, input_shape=(32, 32, 3), classes=10, alpha=0.35)
     ternary = ternarize(model, filters=lambda layer: "depthwise" not in layer.name, verbose=False)
@@ -383,6 +387,7 @@ def test_calibration_knows_where_the_channels_are(cls, arguments, order, scale):
     assert errors[1] <= errors[0] * 1.0001
 
 
+@pytest.mark.slow_to_compile
 def test_calibration_sums_over_all_calls():
     x = normal(50, 5, 4) + np.arange(5, dtype="float32")[None, :, None]
     once = shaken(graph(layers.Dense(16, activation="relu"), layers.Dense(3), shape=(5, 4)))
@@ -403,6 +408,7 @@ def test_all_heads_and_distributed_ends_are_last_layers():
     assert plan == {"first": "DenseMML", "out": None}
 
 
+@pytest.mark.slow_to_compile
 def test_standard_layers_of_shared_frozen_and_many_ended_models(capsys):
     shared = matmul_free.DenseMML(3)
     model = of_two_shapes(shared, (7, 5), (4, 5))
@@ -572,6 +578,7 @@ class Twice(layers.Wrapper):
         return self.layer(self.layer(x))
 
 
+@pytest.mark.slow_to_compile
 def test_other_wrappers_are_copied_and_not_taken_apart():
     inside, x = matmul_free.DenseMML(6), normal(3, 4, 6)
     model = graph(inside, Twice(inside, name="twice"), layers.Bidirectional(matmul_free.GRUMML(4), name="both"))

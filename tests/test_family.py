@@ -183,7 +183,7 @@ def test_clones_and_containers(case):
     np.testing.assert_allclose(array(Subclassed()(x)), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow_to_compile), "mixed_float16"])
 @rows(EVERY)
 def test_mixed_precision_keeps_float32_weights_and_trains(cases, dtype):
     "All layers side by side, each with a loss of its own, which is finite where its outputs are."
@@ -208,6 +208,7 @@ RECURRENT = [
 ]
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("make", RECURRENT)
 @pytest.mark.parametrize("steps", [1, 2, 127, 1024])
 def test_the_scan_equals_the_steps(make, steps):
@@ -295,6 +296,7 @@ def test_a_graph_with_an_unknown_length():
     close(array(graph(x)), expected)
 
 
+@pytest.mark.slow_to_compile
 def test_masks_propagate_from_tokens_through_blocks():
     tokens = np.array([[3, 4, 5, 0, 0], [1, 2, 3, 4, 5]])
     changed = tokens.copy()
@@ -314,7 +316,7 @@ def test_masks_propagate_from_tokens_through_blocks():
 
 
 @pytest.mark.parametrize("mixer", ["gru", "softmax"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow_to_compile), True])
 def test_generation_step_by_step_equals_the_whole(mixer, packed):
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(2, 12, 16)).astype("float32")
@@ -335,6 +337,7 @@ OPTIONS = [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads
 UNKNOWN = {"sliding_window", "use_gate"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("options", [o for o in OPTIONS if not UNKNOWN & set(o)], ids=str)
 def test_softmax_attention_with_a_cache_does_all_that_it_does_without(options):
     x = np.random.default_rng(0).normal(size=(2, 9, 8)).astype("float32")
@@ -368,6 +371,7 @@ def test_padding_on_the_left_stays_unseen_in_the_cache(mixer):
         close(np.concatenate([array(first)[:, 2:], array(last)], axis=1), expected)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("mixer", ["gru", "softmax"])
 def test_a_functional_model_of_a_block_and_its_cache(mixer):
     block = TransformerBlockMML(8, 16, 2, mixer=mixer)
@@ -491,6 +495,7 @@ def test_layers_inside_do_not_use_up_names():
     assert keras.layers.Conv2D(2, 3).name == "conv2d" and DenseMML(2).name == "dense_mml"
 
 
+@pytest.mark.slow_to_compile
 def test_twelve_blocks_train():
     keras.utils.set_random_seed(0)
     for mixer in ("gru", "softmax"):
@@ -722,6 +727,7 @@ def test_every_argument_of_a_namesake_is_taken_or_refused_by_name(ours, theirs, 
         assert json.loads(json.dumps(ours.from_config(config).get_config())) == config
 
 
+@pytest.mark.slow_to_compile
 def test_the_runtime_crops_patches_and_drops_nothing(tmp_path):
     parts = layers.Patches(4), layers.GRUMML(5, dropout=0.5, return_sequences=True), layers.LRUMML(3, 4, dropout=0.5)
     model = pack(keras.Sequential([keras.Input((11, 9, 3)), *parts]))

@@ -43,6 +43,8 @@ from keras_mml.layers import (
 )
 from keras_mml.quantizers import StraightThroughQuantizer
 
+pytestmark = pytest.mark.slow_to_compile
+
 matplotlib.use("Agg")
 
 

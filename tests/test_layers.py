@@ -286,6 +286,7 @@ def functional():
     return keras.Model(inputs, keras.layers.Flatten()(x))
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("build", [Subclassed, functional])
 def test_models_train_with_and_without_compilation(build, jit_compile):

@@ -346,6 +346,7 @@ def test_a_truncated_file_is_not_loaded(keep, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
+@pytest.mark.slow_to_compile
 def test_a_model_loads_in_a_fresh_process_on_every_backend(tmp_path):
     packed = pack(functional_without_own_layers())
     packed.save(tmp_path / "m.keras")
@@ -825,6 +826,7 @@ def run_elsewhere(code, folder):
     return np.load(folder / "y.npy")
 
 
+@pytest.mark.with_tensorflow
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras writes no SavedModel from torch")
 def test_an_exported_model_predicts_the_same_in_another_process(tmp_path):
     packed = exported_model()
