@@ -44,10 +44,13 @@ def pack(
         raise ValueError(f"'{model.name}' is packed already.")
     if not packable:
         raise ValueError(f"'{model.name}' has no layer that can be packed. Those of `keras_mml.layers` with a ternary kernel can.")
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.SpectralNormalization) and any(part in packable for part in layer._flatten_layers()):
+            raise ValueError(f"'{layer.name}' divides the float kernel of '{layer.layer.name}', of which packing leaves none.")
     states = [layer.ternary_state() for layer in packable]  # all of them, before anything changes
     compiled = _compile_arguments(model)
     target = model if in_place else copy_of(model)
-    for layer, state in zip(_packable_layers(target), states):
+    for layer, state in zip(_packable_layers(target), states, strict=True):
         layer.set_ternary_state(state, target)
     if compiled:
         target.compile(**compiled)
@@ -55,8 +58,6 @@ def pack(
         del target.optimizer  # it knows the latent weights
         target.compile(optimizer=None)
         target.compiled = False
-    if isinstance(target, keras.Model):  # compiled functions that know the latent weights
-        target.predict_function = target.test_function = target.train_function = None
     return target
 
 def _compile_arguments(model):
@@ -208,11 +209,15 @@ def _selected(layer, filters):
         ) from error
 
 # %% ../nbs/conversion.ipynb #9f7af3ae
+def _distributed(layer):
+    "What `TimeDistributed` applies to each step, or the layer itself."
+    return _distributed(layer.layer) if type(layer) is layers.TimeDistributed else layer
+
 def _layers_with_kernels(model, prefix=""):
     "The path and the layer, for each layer with a kernel, and the layer that made it if that was not the model."
     for layer in model.layers:
         path = prefix + layer.name
-        inner = layer.layer if type(layer) is layers.TimeDistributed else layer
+        inner = _distributed(layer)
         if is_graph(inner):
             yield from _layers_with_kernels(inner, path + "/")
         elif type(inner) in TWINS or isinstance(inner, PackableLayer):
@@ -231,7 +236,7 @@ def _last_layers(model):
     found, tensors = [], list(model.outputs)
     while tensors:
         layer, node, _ = tensors.pop()._keras_history
-        inner = layer.layer if type(layer) is layers.TimeDistributed else layer
+        inner = _distributed(layer)
         inputs = layer._inbound_nodes[node].input_tensors
         if is_graph(inner):
             found += _last_layers(inner)
@@ -353,7 +358,8 @@ def _calibrate(model, copy, pairs, inputs):
         twin = twins[key]
         with _before_activations([twin]) as seen:
             copy(inputs, training=False)
-        _fit_outputs(twin, np.concatenate(seen[id(twin)]), np.concatenate(target))
+        outputs = np.concatenate(seen[id(twin)])
+        _fit_outputs(twin, outputs, np.reshape(np.concatenate(target), outputs.shape))  # of Keras' attention, heads have an axis
 
 def _fit_outputs(layer, outputs, target):
     "Fit the layer's scale and bias, which gave the outputs, to the target. Both are matrices."

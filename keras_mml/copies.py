@@ -8,6 +8,7 @@ __all__ = ['configuration', 'is_graph', 'carry_state', 'copy_of']
 # %% ../nbs/copies.ipynb #34266077
 import inspect
 import tempfile
+from collections import Counter
 
 import keras
 import numpy as np
@@ -19,20 +20,22 @@ class _Carrier(str):
 
 @keras.saving.register_keras_serializable(package="keras_mml")
 class _Reference:
-    "Stands for an object in a configuration that stays in this process. What is made from it is the object itself."
+    "Stands for an object in a configuration that stays in this process. What is made from it is the object itself, or its copy."
 
-    def __init__(self, value):
-        self.value = value
+    def __init__(self, value, copied=lambda value: value):
+        self.value, self.copied = value, copied
 
     def __call__(self, *args, **kwargs):
         return self.value(*args, **kwargs)
 
     def __getattr__(self, name):  # such as the `__name__` of a function
+        if name in ("get_build_config", "get_compile_config"):
+            raise AttributeError(name)  # what comes back is built once, and not by Keras
         return getattr(self.__dict__["value"], name)
 
     def get_config(self):
         carrier = _Carrier("reference")
-        carrier.value = self.value
+        carrier.value = self.copied(self.value)
         return {"value": carrier}
 
     @classmethod
@@ -41,28 +44,42 @@ class _Reference:
 
 # %% ../nbs/copies.ipynb #5c92c51d
 def configuration(
-    layer,  # any layer or operation of Keras
-):          # its `get_config`, for a copy in this process
-    "The configuration of a layer, in which the objects that no file could bring back stand for themselves."
+    layer,                # any layer or operation of Keras
+    copied=None,          # a function that copies a layer
+    copies=frozenset(),   # the identities of the layers inside that it copies
+):                        # its `get_config`, for a copy in this process
+    "The configuration of a layer, in which what no file could bring back stands for itself, and some layers inside for their copies."
+    def referred(value):
+        if isinstance(value, keras.Operation):
+            return _Reference(value, copied) if id(value) in copies else value
+        if isinstance(value, (list, tuple)) and copies & set(map(id, value)):
+            return [referred(item) for item in value]
+        return _Reference(value) if _is_held(value) else value
+
     parts = layer._flatten_layers() if isinstance(layer, layers.Layer) else [layer]
-    held = [
-        (vars(part), name, value) for part in parts for name, value in vars(part).items()
-        if not hasattr(type(part), name) and _is_held(value)
+    attributes = [
+        (owner, name, value) for part in parts
+        for owner in (vars(part), vars(part).get("_modules", {}))  # torch keeps the layers inside apart
+        for name, value in owner.items() if name != "_layers" and not hasattr(type(part), name)
     ]  # fmt: skip
     try:
-        for attributes, name, value in held:
-            attributes[name] = _Reference(value)
+        for owner, name, value in attributes:
+            owner[name] = referred(value)
         return layer.get_config()
     finally:
-        for attributes, name, value in held:
-            attributes[name] = value
+        for owner, name, value in attributes:
+            owner[name] = value
 
 def _is_held(value):
     "Whether a copy gets the object itself."
     if not callable(value) or isinstance(value, (type, keras.Operation, keras.Metric)):
         return False
-    known = type(value).__module__.startswith("keras.") or keras.saving.get_registered_object(keras.saving.get_registered_name(type(value)))
-    return not (hasattr(value, "get_config") and known)
+    return not (hasattr(value, "get_config") and _is_known(type(value)))
+
+def _is_known(cls):
+    "Whether Keras finds the class by its name."
+    return cls.__module__.startswith("keras.") or keras.saving.get_registered_object(keras.saving.get_registered_name(cls)) is not None
+
 
 # %% ../nbs/copies.ipynb #35b759ed
 def is_graph(
@@ -84,15 +101,12 @@ def _clone(model, function):
     return clone
 
 # %% ../nbs/copies.ipynb #b7de33d8
-def _again(layer, fresh):
-    "The same model or layer, with new weights; `fresh` makes the layers inside."
+def _again(layer, fresh, referred):
+    "The same model or layer, with new weights; `fresh` makes the layers inside, those of a graph and those that are referred to."
     if is_graph(layer):
         return _clone(layer, fresh)
-    inner = fresh(layer.layer) if isinstance(layer, layers.Wrapper) else None
     try:
-        config = configuration(layer)
-        if inner is not None:
-            config["layer"] = keras.saving.serialize_keras_object(_Reference(inner))
+        config = configuration(layer, fresh, referred)
         parameters = inspect.signature(type(layer).__init__).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):  # Keras adds `name`, `trainable` and `dtype` in any case
             config = {name: value for name, value in config.items() if name in {p.name for p in parameters}}
@@ -102,6 +116,13 @@ def _again(layer, fresh):
             f"'{layer.name}' could not be copied, because it cannot be made again from its configuration. Implement the `get_config` "
             f"of `{type(layer).__name__}`, or pack the model itself with `pack(model, in_place=True)`. {_first_line(error)}"
         ) from error
+
+def _referred_to(model):
+    "The identities of layers inside that are not made by what holds them: shared ones, wrapped ones, and those that Keras does not know."
+    parts = {id(part): part for part in model._flatten_layers()} if isinstance(model, layers.Layer) else {}
+    places = Counter(key for part in parts.values() for key in {id(child) for child in part._layers})
+    wrapped = {id(part.layer) for part in parts.values() if isinstance(part, layers.Wrapper)}
+    return {key for key, part in parts.items() if places[key] > 1 or key in wrapped or not _is_known(type(part))}
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -145,14 +166,14 @@ def copy_of(
 
     Raises `ValueError` for a layer that cannot be made again from its configuration, or cannot load what it saves.
     """
-    made, replaced = {}, set()
+    made, replaced, referred = {}, set(), _referred_to(model)
 
     def fresh(layer):
         if id(layer) not in made:
             new = replace(layer)
             if new is not None:
                 replaced.add(id(layer))
-            made[id(layer)] = new or _again(layer, fresh)
+            made[id(layer)] = new or _again(layer, fresh, referred)
         return made[id(layer)]
 
     copy = fresh(model)
@@ -175,7 +196,13 @@ def _settle(old, new, made, done):
                 f"`build`. Received: {[c.name for c in children[0]]}, and in the copy {[c.name for c in children[1]]}"
             )
         for child, other in zip(*children):
-            _settle(child, made.get(id(child), other), made, done)
+            copy = made.setdefault(id(child), other)
+            if all(copy is not each for each in children[1]):
+                raise ValueError(
+                    f"'{child.name}' could not be copied: several layers share it, and '{old.name}' makes one of its own each time. Let "
+                    f"`get_config` hand on the layer itself, or pack the model itself with `pack(model, in_place=True)`."
+                )
+            _settle(child, copy, made, done)
 
 def _build_like(old, new):
     "Build what is built in the other."

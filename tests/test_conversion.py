@@ -688,3 +688,122 @@ def test_the_plan_of_another_model_is_refused_as_its_conversion():
     for function in (conversion_plan, ternarize):
         with pytest.raises(ValueError, match=f"`{function.__name__}` takes a built Sequential or functional model.* write their twins"):
             function(Subclassed())
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Holder(layers.Layer):
+    "Applies the embedding or the layer that it was given, which may be in other places of a model, too."
+
+    def __init__(self, held, **kwargs):
+        super().__init__(**kwargs)
+        self.held = held
+
+    def call(self, x):
+        return x @ ops.transpose(self.held.embeddings) if isinstance(self.held, layers.Embedding) else self.held(x)
+
+    def get_config(self):
+        return {**super().get_config(), "held": keras.saving.serialize_keras_object(self.held)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("held")), **config)
+
+
+class Scaled(layers.Layer):
+    "An activation with a weight, of a class that Keras does not know."
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, x):
+        return x * self.factor
+
+
+def tied(layer):
+    tokens, embedding = keras.Input((4,), dtype="int32"), layers.Embedding(10, 8)
+    return keras.Model(tokens, Holder(embedding)(layer(embedding(tokens)))), np.arange(8, dtype="int32").reshape(2, 4)
+
+
+@copied
+def test_a_tied_embedding_stays_tied(copied):
+    model, _ = tied(hidden(copied))
+    copy = copied(model)
+    assert copy.layers[-1].held is copy.layers[1]
+    np.testing.assert_array_equal(array(copy.layers[1].embeddings), array(model.layers[1].embeddings))
+
+
+def test_a_tied_model_is_packed_and_saved(tmp_path):
+    model, x = tied(matmul_free.DenseMML(8))
+    packed = pack(model)
+    np.testing.assert_allclose(array(packed(x)), array(model(x)), atol=1e-5)
+    packed.save(tmp_path / "tied.keras")
+    np.testing.assert_allclose(array(keras.models.load_model(tmp_path / "tied.keras")(x)), array(packed(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [layers.PReLU, Scaled])
+def test_an_activation_of_two_layers_stays_one(activation):
+    activation, x = activation(), normal(5, 4)
+    both = [matmul_free.DenseMML(6, activation=activation) for _ in range(2)]
+    model = keras.Sequential([keras.Input((4,)), *both, matmul_free.DenseMML(2)])
+    model(x)
+    activation.weights[0].assign(normal(6))
+    packed, dense = pack(model), to_dense(model, quantize_inputs=True)
+    assert packed.layers[0].activation is packed.layers[1].activation is not activation
+    for copy in (packed, dense):
+        np.testing.assert_allclose(array(copy(x)), array(model(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [matmul_free.DenseMML, layers.Dense])
+def test_a_layer_in_several_layers_stays_one(inner):
+    shared, inputs, x = inner(6), keras.Input((6,)), normal(5, 6)
+    model = keras.Model(inputs, matmul_free.DenseMML(6)(Holder(shared)(ops.relu(Holder(shared)(inputs)))))
+    packed = pack(model)
+    assert len(packed.weights) == len(pack(model, in_place=True).weights)
+    np.testing.assert_allclose(array(packed(x)), array(model(x)), atol=1e-5)
+
+
+def test_a_layer_that_loses_what_it_shares_is_refused():
+    class Maker(layers.Layer):
+        "Makes a layer if it is given none, and does not tell that it was given one."
+
+        def __init__(self, held=None, **kwargs):
+            super().__init__(**kwargs)
+            self.held = held or layers.Dense(6)
+
+        def call(self, x):
+            return self.held(x)
+
+        def get_config(self):
+            return super(Maker, self).get_config()
+
+    shared, inputs = layers.Dense(6), keras.Input((6,))
+    model = keras.Model(inputs, matmul_free.DenseMML(2)(Maker(shared)(shared(inputs))))
+    with pytest.raises(ValueError, match="several layers share it"):
+        pack(model)
+    pack(model, in_place=True)
+
+
+@pytest.mark.parametrize("attention", [layers.MultiHeadAttention, layers.GroupQueryAttention])
+@pytest.mark.parametrize("options", [{}, {"scale": "channel", "norm": "rms"}])
+def test_attention_with_several_heads_is_calibrated(attention, options):
+    inputs, x = keras.Input((5, 8)), normal(30, 5, 8)
+    layer = attention(2, 4) if attention is layers.MultiHeadAttention else attention(4, 4, 2)
+    model = shaken(keras.Model(inputs, layer(inputs, inputs)))
+    expected = array(model(x))
+    copies = [ternarize(model, calibration=batch, last=True, verbose=False, **options) for batch in (None, x)]
+    errors = [np.square(array(copy(x)) - expected).mean() for copy in copies]
+    assert errors[1] < errors[0]
+
+
+def test_layers_within_two_wrappers_become_ternary():
+    model = keras.Sequential([keras.Input((3, 4, 6)), layers.TimeDistributed(layers.TimeDistributed(layers.Dense(5))), layers.Dense(2)])
+    ternary = ternarize(model, verbose=False)
+    assert type(ternary.layers[0].layer.layer) is matmul_free.DenseMML and type(ternary.layers[1]) is layers.Dense
+    assert ternary(normal(2, 3, 4, 6)).shape == (2, 3, 4, 2)
+
+
+def test_a_kernel_that_a_wrapper_divides_cannot_be_packed():
+    model = keras.Sequential([keras.Input((4,)), layers.SpectralNormalization(matmul_free.DenseMML(6)), matmul_free.DenseMML(2)])
+    with pytest.raises(ValueError, match="divides the float kernel"):
+        pack(model)
+    assert not model.layers[1].packed

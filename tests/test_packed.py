@@ -742,6 +742,33 @@ def test_gradients_of_jax_beside_a_packed_layer():
     jax.grad(unused, argnums=1, has_aux=True)(w, INPUTS)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_packed_part_of_a_model_that_fit_builds(eager):
+    "In the first step the layers behind the packed ones have no weights yet."
+
+    class Headed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.base, self.head = pack(sequential()), keras.layers.Dense(1)
+
+        def call(self, x, training=None):
+            return self.head(self.base(x, training=training))
+
+    model = Headed()
+    model.compile("sgd", "mse", run_eagerly=eager)
+    losses = model.fit(INPUTS, np.ones((len(INPUTS), 1)), epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+def test_packed_weights_loaded_after_a_prediction(tmp_path):
+    model = sequential()
+    model.predict(INPUTS, verbose=0)  # on tensorflow, a compiled function knows the latent weights now
+    packed = pack(model)
+    packed.save_weights(tmp_path / "packed.weights.h5")
+    model.load_weights(tmp_path / "packed.weights.h5")
+    np.testing.assert_allclose(model.predict(INPUTS, verbose=0), packed.predict(INPUTS, verbose=0), atol=1e-6)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="compiled graphs of torch")
 def test_a_gradient_is_refused_in_a_compiled_graph_of_torch():
     import torch

@@ -70,7 +70,7 @@ class PackableLayer(keras.layers.Layer):
         "Raise a `ValueError` in the `fit` of a model of which nothing is trained. Keras would go through all epochs."
         trainer = f"keras.src.backend.{keras.backend.backend()}.trainer"
         models = (frame.f_locals.get("self") for frame in callers(trainer)) if training else ()
-        if any(isinstance(model, keras.Model) and not model.trainable_variables for model in models):
+        if any(isinstance(model, keras.Model) and _trains_nothing(model) for model in models):
             raise ValueError(
                 f"Layer '{self.name}' is packed and cannot be trained: its latent weights are gone. Train the model it was "
                 "packed from, and pack it again."
@@ -136,6 +136,8 @@ class PackableLayer(keras.layers.Layer):
             self.add_kernel(self.kernel_shape)
             self._tracker.lock()
             _replace_in_torch(model or self, kernel, (self.packed_kernel, self.kernel_scale))
+            if isinstance(model, keras.Model):  # compiled functions that know the latent weights
+                model.predict_function = model.test_function = model.train_function = None
         self.packed_kernel.assign(pack_ternary(state["trits"]))
         for name in state.keys() - {"trits"}:
             getattr(self, name).assign(state[name])
@@ -201,6 +203,10 @@ def _replace_in_torch(model, gone, new):
             module._post_untrack_variable(gone)
             for variable in new:
                 module._post_track_variable(variable)
+
+def _trains_nothing(model):
+    "Whether it has nothing that can be trained, and no layer that may make some when it is first called."
+    return not model.trainable_variables and all(layer.built for layer in model._flatten_layers())
 
 def _being_loaded(layer):
     "The outermost layer that Keras is loading weights into; this one if it is asked on its own."
