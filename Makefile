@@ -48,8 +48,8 @@ short = KERAS_MML_SHORT=1
 nbdev_test = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 everything = --doctest-modules keras_mml tests
-# Without pages where nothing depends on the backend, or that hand their models to a process with torch
-library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(distribution|export|inspection|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
+# Without pages where nothing depends on the backend, that hand their models to a process with torch, or that tests/ repeats
+library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(callbacks|conversion|distribution|export|inspection|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch
 	@echo "→ notebooks on torch, short"

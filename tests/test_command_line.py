@@ -125,10 +125,9 @@ def test_commands_that_cannot_be_understood_exit_with_2(arguments, capsys):
     assert error.value.code == 2 and "usage: keras-mml" in capsys.readouterr().err
 
 
+@pytest.mark.any_backend
 def test_the_command_works_without_a_chosen_backend(folder):
     "As a process of its own, as whoever just installed the package runs it."
-    if keras.backend.backend() == "jax":
-        pytest.skip("torch is taken first where both are installed")
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     environment.update(PYTHONPATH=str(ROOT), KERAS_HOME=str(folder / "home"))
     code = "import sys; from keras_mml.command_line import main; sys.exit(main())"

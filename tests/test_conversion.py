@@ -774,7 +774,7 @@ def test_a_layer_that_loses_what_it_shares_is_refused():
             return self.held(x)
 
         def get_config(self):
-            return super(Maker, self).get_config()
+            return super().get_config()
 
     shared, inputs = layers.Dense(6), keras.Input((6,))
     model = keras.Model(inputs, matmul_free.DenseMML(2)(Maker(shared)(shared(inputs))))

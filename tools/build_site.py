@@ -26,6 +26,7 @@ from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PROCESSED, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
+WEIGHTS = re.compile(r'<script type=\\*"application/json\\*" class=\\*"digit-weights\\*">(.*?)</script>')  # also in a notebook's source
 MADE_FROM = ("nbs", "keras_mml", "tools", "_quarto.yml", "settings.ini", "CHANGELOG.md")
 
 
@@ -59,9 +60,8 @@ def process():
 
 def digit_weights():
     "The weights of the digit demo, as JSON text: those that the first tutorial wrote into its output."
-    outputs = (SOURCE / "tutorials" / "mnist.ipynb").read_text(encoding="utf8")
-    found = re.search(r'class=\\"digit-weights\\">(.*?)</script>', outputs)
-    return json.loads(f'"{found[1]}"')
+    tutorial = (SOURCE / "tutorials" / "mnist.ipynb").read_text(encoding="utf8")
+    return json.loads(f'"{WEIGHTS.search(tutorial)[1]}"')
 
 
 def process_page(path, page):
@@ -81,6 +81,8 @@ def process_page(path, page):
             if "text/markdown" in data:
                 shown = linked(documentation(finish_site.with_source(data["text/markdown"], page)), up)
                 data["text/markdown"] = shown if within_section else re.sub(r"^### ", "## ", shown, flags=re.M)
+            if "text/html" in data:
+                data["text/html"] = WEIGHTS.sub(f'<script src="{up}assets/demo/weights.js"></script>', data["text/html"])
             if "image/svg+xml" in data:
                 plots.append(finish_site.raster(data["image/svg+xml"], zoom=2))  # for sharp screens
                 file = f"plots/{name}-{len(plots)}.webp"

@@ -45,8 +45,7 @@ def fingerprint(notebook):
 
 
 def is_current(path):
-    notebook = nbformat.read(path, 4)
-    return notebook.metadata.get("executed") == fingerprint(notebook)
+    return (notebook := nbformat.read(path, 4)).metadata.get("executed") == fingerprint(notebook)
 
 
 def shown(text):

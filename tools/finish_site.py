@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = get_config(path=ROOT)
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']*/dist(/contrib)?/")
-REMOTE_SCRIPT = re.compile(r"<script[^>]* src=\"https?://[^>]*></script>|<script[^>]*>\s*define\('jquery'.*?</script>", re.S)  # for widgets
+SCRIPTS = r'<script[^>]* src="(?:https?://[^>]*|[^"]*tabsets\.js" type="module")></script>|<script[^>]*>\s*define\(.jquery.*?</script>'
 REMOTE_IMPORT = re.compile(r"""@import\s*(?=(?:url\(\s*)?["']?(?:https?:)?//)(?:url\([^)]*\)|"[^"]*"|'[^']*')[^;]*;""", re.I)  # fonts
 
 
@@ -131,8 +131,8 @@ def write_feed(site):
         entries += f'<entry>{head(title, f"changelog.html#v{version}", dates[-1])}<content type="html">{content}</content></entry>\n'
     author = f"<author><name>{CONFIG.author}</name></author>"
     begin = '<?xml version="1.0" encoding="utf-8"?>\n<feed xmlns="http://www.w3.org/2005/Atom">'
-    feed = f"{begin}{head('keras_mml: changelog', 'changelog.xml', max(dates))}{author}\n{entries}</feed>\n"
-    (site / "changelog.xml").write_text(feed, encoding="utf8")
+    feed = head("keras_mml: changelog", "changelog.xml", max(dates))
+    (site / "changelog.xml").write_text(f"{begin}{feed}{author}\n{entries}</feed>\n", encoding="utf8")
 
 
 def notebook_links(source):
@@ -148,8 +148,7 @@ def finish(site, notebooks):
     for path in site.rglob("*.html"):
         page, text = path.relative_to(site), path.read_text(encoding="utf8")
         up = "../" * (len(page.parts) - 1)
-        text = REMOTE_SCRIPT.sub("", KATEX_CDN.sub(f"{up}assets/katex/", text))
-        text = re.sub(r'<script src="[^"]*tabsets\.js" type="module"></script>', "", text)
+        text = re.sub(SCRIPTS, "", KATEX_CDN.sub(f"{up}assets/katex/", text), flags=re.S)  # those for widgets, and modules
         text = text.replace('quarto.js" type="module"', 'quarto.js" defer')
         text = re.sub(r"<body[^>]*>", r'\g<0><a class="skip-link" href="#quarto-document-content">Skip to the text</a>', text, count=1)
         begin = f'<script src="{up}assets/site.js" defer></script>'  # before what it prepares for
