@@ -17,7 +17,7 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
 
-.PHONY: help setup site notebooks lint test test-backends test-browser test-all sync benchmark benchmark-inference preview lab hooks clean
+.PHONY: help setup site notebooks lint test test-backends test-with-tensorflow test-browser test-all sync benchmark benchmark-inference preview lab hooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -48,8 +48,9 @@ short = KERAS_MML_SHORT=1
 nbdev_test = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 everything = --doctest-modules keras_mml tests
-# Without pages where nothing depends on the backend, that hand their models to a process with torch, or that tests/ repeats
-library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^(callbacks|conversion|distribution|export|inspection|kernels|vector_kernels|packing|constants|datasets|hdf5|runtime|numpy_layers|fused|command_line|index|[_.])'
+# Without pages where nothing depends on the backend, or that hand their models to a process with torch; run short, without those that tests/ repeats
+library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^($(1)|constants|datasets|distribution|export|fused|hdf5|index|kernels|numpy_layers|packing|runtime|vector_kernels|command_line|[_.])'
+repeated = callbacks|conversion|inspection|recurrent|transformer
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch
 	@echo "→ notebooks on torch, short"
@@ -58,13 +59,14 @@ test: lint ## run the notebooks, short, the docstring examples and tests/ on tor
 	@$(short) $(pytest) $(everything) -m "not browser" $(or_stop)
 
 # TensorFlow comes last: Keras imports it in every process where it is installed, on any backend, which takes seconds each time
-test-backends: test-on-jax test-on-tensorflow ## run what depends on the backend on jax and tensorflow
-	@for backend in torch jax; do $(short) KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests -m with_tensorflow $(or_stop); done
+test-backends: test-on-jax test-on-tensorflow test-with-tensorflow ## run what depends on the backend on jax and tensorflow
+test-with-tensorflow: .venv/.ready-backends
+	@for backend in torch jax; do $(short) KERAS_BACKEND=$$backend $(pytest) tests -m with_tensorflow $(or_stop); done
 test-on-jax: setup
 test-on-tensorflow: .venv/.ready-backends
 test-on-%:
 	@echo "→ the library's notebooks on $*, short"
-	@$(short) KERAS_BACKEND=$* $(nbdev_test) $(library) $(or_stop)
+	@$(short) KERAS_BACKEND=$* $(nbdev_test) $(call library,$(repeated)) $(or_stop)
 	@echo "→ tests/ on $*, short"
 	@$(short) KERAS_BACKEND=$* JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(pytest) tests -m "not any_backend and not browser" $(or_stop)
 
@@ -76,7 +78,7 @@ all-on-torch: .venv/.ready-backends
 	@KERAS_BACKEND=torch $(nbdev_test) $(or_stop)
 	@KERAS_BACKEND=torch $(pytest) $(everything) $(or_stop)
 all-on-%: .venv/.ready-backends
-	@KERAS_BACKEND=$* $(nbdev_test) $(library) $(or_stop)
+	@KERAS_BACKEND=$* $(nbdev_test) $(call library,_) $(or_stop)
 	@KERAS_BACKEND=$* $(pytest) $(everything) -m "not any_backend and not browser" $(or_stop)
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks

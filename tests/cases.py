@@ -132,12 +132,12 @@ CELLS = [
 
 FIRST = [max((case for case in EVERY if case.cls is cls), key=lambda case: len(case.arguments)) for cls in {case.cls: 0 for case in EVERY}]
 SHORT_ROWS = SHORT and BACKEND != "torch"  # which compile for every row
-LATER = pytest.mark.skip(reason="Run short, one row of each class is enough on jax and tensorflow: that with the most arguments.")
+LATER = pytest.mark.skip(reason="Run short, one row of a class is enough on jax and tensorflow: that with the most arguments.")
 
 
-def each(cases):
+def each(cases, short=FIRST):
     "A test of each row."
-    some = [case if case in FIRST or not SHORT_ROWS else pytest.param(case, marks=LATER) for case in cases]
+    some = [case if case in short or not SHORT_ROWS else pytest.param(case, marks=LATER) for case in cases]
     return pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
 

@@ -201,6 +201,7 @@ def test_mobilenet_is_converted_and_packed():
     np.testing.assert_allclose(array(packed(x)), array(everything(x)), atol=0.05)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(norm="rms", norm_gain=True, scale="channel")], ids=["plain", "normalised"])
 @pytest.mark.parametrize("build", [mlp, convnet])

@@ -108,7 +108,7 @@ def train(model, case, seed, epochs=1):
     return model.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
-@each(EVERY + VARIANTS)
+@each(EVERY + VARIANTS, short=FIRST[::3])
 def test_every_layer_trains_compiled_and_a_saved_model_goes_on_bit_for_bit(case, tmp_path):
     "One model for all of it: on jax and tensorflow, compilation takes most of the time. Torch would take minutes of a C++ compiler."
     keras.utils.set_random_seed(7)
@@ -426,6 +426,7 @@ def test_integers_as_inputs():
     assert keras.backend.standardize_dtype(patches.dtype) == "float32"
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("bound", [np.linspace(0.1, 0.9, 2), (0.1, 0.9), np.float32(0.5), [0, 0.5]], ids=str)
 def test_bounds_of_any_kind_are_saved(bound, tmp_path):
     model = keras.Sequential([keras.Input((6, 8))])
@@ -443,6 +444,7 @@ def test_bounds_of_any_kind_are_saved(bound, tmp_path):
 CONVOLUTIONS = [c for c in CASES if "Conv" in c.cls.__name__]
 
 
+@pytest.mark.slow_to_compile
 @each(CONVOLUTIONS)
 def test_convolutions_of_no_samples_and_of_unknown_lengths(case):
     x = case.data(rows=3)
@@ -643,6 +645,7 @@ def test_arguments_that_ask_for_nothing_are_not_warned_of():
         layers.GRUMML(4, dropout=1.5)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("make", RECURRENT)
 def test_dropout_drops_the_same_features_at_all_steps(make, unroll):

@@ -183,7 +183,7 @@ HOST = set() if vector_kernels is None else vector_kernels.cpu_features()
     "name, features, expected",
     [
         pytest.param("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "avx2", marks=pytest.mark.slow),
-        ("haswell", None, "avx2"),
+        pytest.param("haswell", None, "avx2", marks=pytest.mark.slow),
         ("generic", None, "generic"),
         pytest.param("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512vnni", "avx_vnni", marks=pytest.mark.slow),
         ("alderlake", "+avx,+avx2,+fma,+avxvnni", "avx_vnni"),

@@ -825,6 +825,7 @@ class AttendToItself(keras.layers.Wrapper):
         return self.layer(x, x)
 
 
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("name", COMPOSED)
 def test_float_parts_of_composed_layers_stay_float_where_keras_quantises(name, tmp_path):
     x = np.arange(12).reshape(2, 6) if name == "TokenEmbedding" else INPUTS
