@@ -906,6 +906,7 @@ class TestTensorflow:
 
 @pytest.mark.skipif(BACKEND != "torch", reason="formats that torch writes")
 class TestTorchExport:
+    @pytest.mark.skipif(keras.__version__.startswith("3.12."), reason="Keras 3.12 does not export to torch")
     def test_an_exported_program(self, tmp_path):
         import torch
 
