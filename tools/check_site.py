@@ -19,7 +19,7 @@ def problems(site):
     ids = {path: {tag.get(name) for tag in page.select("[id], [name]") for name in ("id", "name")} for path, page in pages.items()}
     for path, page in pages.items():
         where = path.relative_to(site)
-        yield from (f"{where} shows {image['src'][:60]} without alternative text" for image in page.select("img:not([alt]), img[alt='']"))
+        yield from (f"{where} shows {image.get('src', '')[:60]} without alternative text" for image in page.select("img:not([alt]), img[alt='']"))
         loads = [tag.get("src") or tag["href"] for tag in page.select(LOADED)]
         remote = [*REMOTE.findall(str(page)), *(url for url in loads if re.match(r"(https?:)?//", url))]
         yield from (f"{where} loads {url} from elsewhere" for url in remote)
@@ -32,7 +32,7 @@ def problems(site):
             target = target / "index.html" if target.is_dir() else target
             if not target.exists():
                 yield f"{where} links to {url}, which does not exist"
-            elif parts.fragment and unquote(parts.fragment) not in ids.get(target, {unquote(parts.fragment)}):
+            elif parts.fragment and target in ids and unquote(parts.fragment) not in ids[target]:
                 yield f"{where} links to {url}, but there is no such place on that page"
     for sheet in site.rglob("*.css"):
         yield from (f"{sheet.relative_to(site)} loads {url} from elsewhere" for url in REMOTE.findall(sheet.read_text(encoding="utf8")))
