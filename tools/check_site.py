@@ -19,7 +19,7 @@ def problems(site):
     ids = {path: {tag.get(name) for tag in page.select("[id], [name]") for name in ("id", "name")} for path, page in pages.items()}
     for path, page in pages.items():
         where = path.relative_to(site)
-        yield from (f"{where} shows {image.get('src', '')[:60]} without alternative text" for image in page.select("img:not([alt]), img[alt='']"))
+        yield from (f"{where} shows {str(image)[:60]} without alternative text" for image in page.select("img:not([alt]), img[alt='']"))
         loads = [tag.get("src") or tag["href"] for tag in page.select(LOADED)]
         remote = [*REMOTE.findall(str(page)), *(url for url in loads if re.match(r"(https?:)?//", url))]
         yield from (f"{where} loads {url} from elsewhere" for url in remote)

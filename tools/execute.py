@@ -68,6 +68,7 @@ def tidy(outputs):
 def execute(path, bar, running):
     "Execute a notebook, and write it by way of a temporary file, so that an interruption never leaves half of one."
     start, notebook = time.time(), nbformat.read(path, 4)
+    notebook.metadata["executed"] = fingerprint(notebook)  # before: saved measurements may change meanwhile
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in code:
         cell.metadata.tags = ["skip"] * bool(re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M))
@@ -81,7 +82,6 @@ def execute(path, bar, running):
         cell.metadata = {key: value for key, value in cell.metadata.items() if key not in ("tags", "execution")}
         cell.execution_count, cell.outputs = None, tidy(cell.outputs)
     notebook.metadata.pop("language_info", None)
-    notebook.metadata["executed"] = fingerprint(notebook)
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
