@@ -333,8 +333,7 @@ def test_generation_step_by_step_equals_the_whole(mixer, packed):
 
 
 OPTIONS = [dict(sliding_window=3), dict(use_gate=True), dict(num_key_value_heads=1, rotary=True)]
-# before Keras 3.15 and 3.14
-UNKNOWN = {"sliding_window", "use_gate"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)
+UNKNOWN = {"sliding_window"} - set(inspect.signature(keras.layers.MultiHeadAttention.__init__).parameters)  # before Keras 3.15
 
 
 @pytest.mark.slow_to_compile

@@ -186,7 +186,7 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         self.rotary = rotary
         self.max_wavelength = max_wavelength
         self.fully_mml = fully_mml
-        self.use_gate = kwargs.get("use_gate", False)            # since Keras 3.14
+        self.use_gate = kwargs.get("use_gate", False)
         self.sliding_window = kwargs.get("sliding_window", None)  # since Keras 3.15
 
     def build(self, query_shape, value_shape, key_shape=None):
@@ -222,7 +222,8 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
 
     def _attend(self, query, key, value, *args, **kwargs):
         if key.shape[-2] != self.num_heads:
-            key, value = (ops.repeat(v, self.num_heads // v.shape[-2], axis=-2) for v in (key, value))
+            key, value = (ops.stack([v] * (self.num_heads // v.shape[-2]), axis=-2) for v in (key, value))
+            key, value = (ops.reshape(v, (*ops.shape(v)[:-3], self.num_heads, v.shape[-1])) for v in (key, value))
         outputs, scores = super()._compute_attention(query, key, value, *args, **kwargs)
         return ops.reshape(outputs, (*ops.shape(outputs)[:-2], self.num_heads * self.value_dim)), scores
 

@@ -70,7 +70,8 @@ class PackableLayer(keras.layers.Layer):
         "Raise a `ValueError` in the `fit` of a model of which nothing is trained. Keras would go through all epochs."
         trainer = f"keras.src.backend.{keras.backend.backend()}.trainer"
         models = (frame.f_locals.get("self") for frame in callers(trainer)) if training else ()
-        if any(isinstance(model, keras.Model) and _trains_nothing(model) for model in models):
+        # while Keras builds a model, layers behind this one have no weights yet
+        if any(isinstance(model, keras.Model) and model.built and not model.trainable_variables for model in models):
             raise ValueError(
                 f"Layer '{self.name}' is packed and cannot be trained: its latent weights are gone. Train the model it was "
                 "packed from, and pack it again."
@@ -203,10 +204,6 @@ def _replace_in_torch(model, gone, new):
             module._post_untrack_variable(gone)
             for variable in new:
                 module._post_track_variable(variable)
-
-def _trains_nothing(model):
-    "Whether it has nothing that can be trained, and no layer that may make some when it is first called."
-    return not model.trainable_variables and all(layer.built for layer in model._flatten_layers())
 
 def _being_loaded(layer):
     "The outermost layer that Keras is loading weights into; this one if it is asked on its own."
