@@ -126,7 +126,7 @@ def repeat_heads(
     x,      # a tensor of shape `(batch, ..., heads, dim)`
     times,  # how often
 ):          # a tensor of shape `(batch, ..., heads * times, dim)`
-    "Each head several times, one after the other: for queries in groups. Exports cannot follow what `ops.repeat` does in some versions."
+    "`ops.repeat` for heads, each of which serves a group of queries. torch cannot export that of Keras 3.14."
     shape = ops.shape(x)
     x = ops.broadcast_to(ops.expand_dims(x, -2), (*shape[:-1], times, shape[-1]))
     return ops.reshape(x, (*shape[:-2], shape[-2] * times, shape[-1]))
