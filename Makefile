@@ -17,14 +17,19 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # A failed step says which target it was and that a rerun is safe.
 or_stop = || { echo; echo "✗ make $@ stopped. What went wrong is above; fix it and run 'make $@' again, finished steps are kept."; exit 1; } >&2
 
-.PHONY: help setup site notebooks lint test test-backends test-with-tensorflow test-browser test-all sync benchmark benchmark-inference preview lab hooks clean
+.PHONY: help setup wheels site notebooks lint test test-backends test-with-tensorflow test-browser test-all sync benchmark benchmark-inference preview lab hooks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: .venv/.ready ## create .venv and install everything for development (torch, and jax for training on several devices)
+setup: .venv/.ready .venv/.ready-library ## create .venv and install everything for development (torch, and jax for training on several devices)
 .venv/.ready: pyproject.toml constraints.txt tools/setup.sh
 	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch jax plot
+	@touch $@
+
+# The C library, compiled again when its files have changed
+.venv/.ready-library: setup.py $(wildcard keras_mml/native/*.[ch]) | .venv/.ready
+	@$(BIN)/python setup.py --quiet build_ext --inplace $(or_stop)
 	@touch $@
 
 .venv/.ready-backends: .venv/.ready
@@ -44,12 +49,12 @@ lint: setup ## look for mistakes that can be seen without running anything
 
 # Three rings. The first runs tutorials and long tests short, with fewer epochs and samples; the last runs everything at full length.
 short = KERAS_MML_SHORT=1
-# Two at a time, with a thread each; numba's threads would be torch's, too, for all notebooks that the same process runs next
-nbdev_test = OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+# Two at a time, with a thread each
+nbdev_test = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 everything = --doctest-modules keras_mml tests
 # Without pages where nothing depends on the backend, or that hand their models to a process with torch; run short, without those that tests/ repeats
-library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^($(1)|constants|datasets|distribution|export|fused|hdf5|index|kernels|numpy_layers|packing|runtime|vector_kernels|command_line|[_.])'
+library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^($(1)|build|chain|constants|datasets|distribution|export|hdf5|index|kernels|module|numpy_layers|packing|runtime|threads|vectors|wasm|command_line|[_.])'
 repeated = callbacks|conversion|inspection|recurrent|transformer
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch
@@ -83,8 +88,28 @@ all-on-%: .venv/.ready-backends
 
 sync: setup ## regenerate keras_mml/ and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export $(or_stop)
+	@$(BIN)/python keras_mml/native/build.py nbs/native keras_mml/native $(or_stop)
+	@$(MAKE) --no-print-directory .venv/.ready-library
 	@$(BIN)/nbdev_clean $(or_stop)
 	@$(BIN)/python tools/build_site.py --readme $(or_stop)
+
+# A wheel for each machine, from any machine: what zig calls it, and its tag
+WHEELS = x86_64-linux-gnu.2.17=manylinux2014_x86_64.manylinux_2_17_x86_64 aarch64-linux-gnu.2.17=manylinux2014_aarch64.manylinux_2_17_aarch64 \
+         x86_64-linux-musl=musllinux_1_2_x86_64 aarch64-linux-musl=musllinux_1_2_aarch64 \
+         aarch64-macos.11.0=macosx_11_0_arm64 x86_64-macos.10.13=macosx_10_13_x86_64 x86_64-windows-gnu=win_amd64
+wheels: setup ## build the wheels of all platforms into dist/; with FREE_THREADED=python3.14t, also those of such a Python
+	@rm -f dist/*.whl
+	@for python in $(BIN)/python $(FREE_THREADED); do for machine in $(WHEELS); do \
+	    if [[ $$python = *t && $$machine = *windows* ]]; then continue; fi; \
+	    echo "→ $${machine#*=}"; rm -rf build; \
+	    KERAS_MML_TARGET=$${machine%%=*} KERAS_MML_PLATFORM=$${machine#*=} $$python -m pip wheel --no-build-isolation --no-deps -q -w dist . $(or_stop); \
+	done; done
+	@$(BIN)/python -m abi3audit --strict --summary dist/*abi3*.whl $(or_stop)
+	@for wheel in dist/*linux*.whl; do \
+	    $(BIN)/auditwheel show --json "$$wheel" | grep -Eq "overall_tag.*(manylinux_2_17|musllinux_1_2)" || { echo "✗ $$wheel needs more than its name says" >&2; exit 1; }; \
+	done
+	@! find dist -name '*.whl' -size +300k | grep . || { echo "✗ larger than 300 kB" >&2; exit 1; }
+	@ls -l dist
 
 benchmark-inference: .venv/.ready-benchmark ## measure packed layers against other libraries anew (20 minutes)
 	@$(BIN)/python nbs/benchmarks/inference.py $(or_stop)

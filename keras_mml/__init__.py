@@ -30,6 +30,8 @@ if _HAS_KERAS:
     _choose_backend()
 
 # %% ../nbs/index.ipynb #8555c3c8
+from .native.kernels import get_num_threads, set_num_threads
+
 if _HAS_KERAS:  # at once, since Keras finds our layers in its files by their registration
     from keras_mml import callbacks, datasets, layers, quantizers
     from keras_mml.conversion import pack, ternarize, to_dense

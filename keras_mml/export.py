@@ -21,7 +21,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from . import operators
+from .native import operators
 from .conversion import pack
 from .layers import convolution
 from .layers.packed import PackableLayer

@@ -20,7 +20,8 @@ import math
 
 import numpy as np
 
-from . import kernels
+from .native import kernels
+from .native.chain import Chain, Step
 from .constants import NORM_EPSILON
 from .packing import decode_state, layer_sizes, pack_ternary
 
@@ -161,7 +162,7 @@ def ternary_state(spec, shape, channels, bias):
     return decode_state(spec.arrays[f"{spec.path}/vars/packed"], sizes), bits
 
 class Ternary:
-    "A `DenseMML`: its function, and in `weights` what a `fused.Step` wants to know."
+    "A `DenseMML`: its function, and in `weights` what a `native.chain.Step` wants to know."
 
     def __init__(self, spec, dim, units, use_bias=True, activation="linear"):
         state, bits = ternary_state(spec, (dim, units), dim, use_bias)
@@ -170,9 +171,8 @@ class Ternary:
             bias=state.get("bias"), gain=state.get("gain"), normalize=spec.config["norm"] == "rms", bits=bits, activation=activation,
         )  # fmt: skip
         self.activation, self.chain = ACTIVATIONS[activation], None
-        if dim <= kernels.MAX_DIM and kernels.vector_kernels() is not None:
-            from keras_mml import fused
-            self.chain = fused.Chain([fused.Step(**{**self.weights, "activation": "linear"})], (dim,))
+        if kernels.native() is not None:
+            self.chain = Chain([Step(**{**self.weights, "activation": "linear"})], (dim,))
 
     def __call__(self, x):
         s = self.weights

@@ -34,11 +34,11 @@ def seeds():
 
 @pytest.fixture(autouse=True)
 def one_thread_of_torch():
-    "Tests run side by side, and torch's threads that share cores wait for each other most of the time. Each time: numba's set it, too."
+    "Tests run side by side, and torch's threads that share cores wait for each other most of the time."
     if BACKEND == "torch":
         import torch
 
         torch.set_num_threads(1)
 
 
-collect_ignore = ["distributed.py"]  # a script that test_distribution.py starts
+collect_ignore = ["distributed.py", "installed.py"]  # scripts: test_distribution.py starts one; the other is for wheels, elsewhere

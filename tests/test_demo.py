@@ -43,17 +43,23 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def script():
+    return build_site.weights_script()
+
+
 @pytest.fixture
-def open_page(browser, weights, tmp_path):
+def open_page(browser, script, tmp_path):
     "A function that opens the demo from a folder, and sees to it that nothing else is asked for and nothing goes wrong."
     for name in ("digits.js", "digits.css"):
         shutil.copy(NOTEBOOKS / "assets" / "demo" / name, tmp_path)
-    (tmp_path / "weights.js").write_text(f"window.kerasMmlDigitWeights = {weights};", encoding="utf8")
+    (tmp_path / "weights.js").write_text(script, encoding="utf8")
     (tmp_path / "index.html").write_text(PAGE, encoding="utf8")
     opened, requests, errors = [], [], []
 
-    def open_page(**settings):
+    def open_page(before="", **settings):
         page = browser.new_page(**settings)
+        page.add_init_script(before)
         opened.append(page)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -89,21 +95,56 @@ def test_all_test_digits_are_read_as_in_python(open_page, weights):
     page = open_page()
     received = page.evaluate(
         """(base64) => {
-            const reader = kerasMmlDemo.load(window.kerasMmlDigitWeights), image = new Float32Array(784), all = [];
+            const compiled = kerasMmlDemo.load(kerasMmlDigitWeights), image = new Float32Array(784), all = [], others = [];
+            delete window.kerasMmlKernels;
+            const plain = kerasMmlDemo.load(kerasMmlDigitWeights);
             const pixels = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
             for (let i = 0; i < pixels.length; i += 784) {
                 for (let k = 0; k < 784; k++) image[k] = pixels[i + k] / 255;
-                all.push(reader.predict(image).probabilities);
+                const one = compiled.predict(image), other = plain.predict(image);
+                all.push(one.probabilities);
+                if (!one.logits.every((value, digit) => Object.is(value, other.logits[digit]))) others.push(i / 784);
             }
-            return all;
+            return { engines: [compiled.engine, plain.engine], all, others };
         }""",
         base64.b64encode(images.tobytes()).decode(),
     )
-    received = np.array(received)
+    assert received["engines"] == ["WebAssembly", "JavaScript"]
+    assert received["others"] == []  # digits whose logits differ in a bit
+    received = np.array(received["all"])
     different, largest = (received.argmax(1) != expected.argmax(1)).sum(), np.abs(received - expected).max()
     right = (received.argmax(1) == labels).mean()
     print(f"{different} of {len(images)} answers differ, probabilities by {largest:.1e} at most; {right:.2%} are right")
     assert len(received) == 10_000 and different == 0 and largest < 1e-5
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "delete window.WebAssembly",
+        "WebAssembly.Module = class { constructor() { throw new WebAssembly.CompileError('no vectors') } }",
+        "Object.defineProperty(window, 'kerasMmlKernels', { get: () => 'AGFzbQ==', set() {} })",
+    ],
+    ids=["no WebAssembly", "no vectors", "damaged"],
+)
+def test_plain_javascript_answers_where_kernels_cannot(open_page, before):
+    page = open_page(before)
+    assert page.evaluate("kerasMmlDemo.load(kerasMmlDigitWeights).engine") == "JavaScript"
+    assert answer(page) == "3"
+    assert page.inner_text(".dd-count").endswith("with JavaScript.")
+
+
+def test_steps_are_those_of_the_image_that_was_asked(open_page):
+    page = open_page()
+    assert page.inner_text(".dd-count").endswith("with WebAssembly.")
+    logits, steps, again = page.evaluate(
+        """() => {
+            const reader = kerasMmlDemo.load(kerasMmlDigitWeights), image = reader.samples[3].image.slice(), result = reader.predict(image);
+            image.fill(0);
+            return [Array.from(result.logits), Array.from(result.steps[3].outputs), result.steps === result.steps];
+        }"""
+    )
+    assert logits == steps and again
 
 
 def test_the_sums_only_add_and_subtract(open_page):

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mml import kernels
-from keras_mml.kernels import linear_numpy, product_numpy, ternary_linear
+from keras_mml.native import kernels
+from keras_mml.native.kernels import linear_numpy, product_numpy, ternary_linear
 from keras_mml.packing import pack_ternary, packed_shape, unpack_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.any_backend  # the kernels know none
-vector_kernels = kernels.vector_kernels()
-needs_numba = pytest.mark.skipif(vector_kernels is None, reason="numba is not installed")
+native = kernels.native()
+needs_native = pytest.mark.skipif(native is None, reason="the C library is missing")
 sizes = st.integers(1, 300) | st.sampled_from([15, 16, 17, 63, 64, 65, 128, 1000])
 
 
@@ -53,27 +53,24 @@ def test_integers_are_taken_as_they_are(dim, units, rows, seed):
     np.testing.assert_array_equal(ternary_linear(q, pack_ternary(trits), units, scale, bias, normalize=False, bits=0), expected)
 
 
-@needs_numba
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.fixture
+def threads():
+    "`threads(n)`: as many share each product, however small."
+    yield lambda count: native.share(count, 0)
+    kernels.set_num_threads(kernels.get_num_threads())
+
+
+@needs_native
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_sums_are_exact_with_threads(threads, rows, monkeypatch):
-    numba = pytest.importorskip("numba")
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip("one processor only")
-    monkeypatch.setattr(kernels, "PARALLEL", 0)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    try:
-        assert kernels.thread_count() == threads
-        for dim, units in [(1, 1), (100, 70), (333, 500)]:
-            q, trits = problem(rows, dim, units)
-            np.testing.assert_array_equal(sums(q, trits), q @ trits)
-    finally:
-        numba.set_num_threads(before)
+def test_sums_are_exact_with_threads(count, rows, threads):
+    threads(count)
+    for dim, units in [(1, 1), (100, 70), (333, 500)]:
+        q, trits = problem(rows, dim, units)
+        np.testing.assert_array_equal(sums(q, trits), q @ trits)
 
 
-@pytest.mark.parametrize("dim", [2**19, 2**19 + 16])  # up to the limit of 32 bits, and beyond it
+@pytest.mark.parametrize("dim", [2**19, 2**19 + 16, 2**23])  # up to the limit of sums in place, beyond it, and up to that of all
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_largest_sums_do_not_overflow(dim, rows):
     for q in (127, -127):
@@ -82,7 +79,7 @@ def test_the_largest_sums_do_not_overflow(dim, rows):
             np.testing.assert_array_equal(y, np.float32(q * trit * dim))
 
 
-@needs_numba
+@needs_native
 @given(sizes, st.integers(1, 200), st.integers(1, 20), st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.integers(2, 8))
 def test_the_kernel_gives_the_floats_of_numpy(dim, units, rows, seed, normalize, vectors, bits):
     rng = np.random.default_rng(seed)
@@ -126,9 +123,9 @@ def test_inputs_of_any_memory_order_and_dtype():
     np.testing.assert_array_equal(ternary_linear(q, unaligned, 30, 1.0, normalize=False), expected)
 
 
-@pytest.mark.parametrize("parallel", [kernels.PARALLEL, 0])
-def test_many_python_threads_at_once(parallel, monkeypatch):
-    monkeypatch.setattr(kernels, "PARALLEL", parallel)
+@pytest.mark.parametrize("count", [1, 4])
+def test_many_python_threads_at_once(count, threads):
+    threads(count)
     problems = [problem(rows, 200, 130, rows) for rows in range(1, 33)] * 6
     with ThreadPoolExecutor(8) as pool:
         for (q, trits), y in zip(problems, pool.map(lambda p: sums(*p), problems), strict=True):
@@ -155,159 +152,127 @@ def check():
 """
 
 
-@needs_numba
+@needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_computes_the_same():
+def test_a_forked_child_computes_the_same_with_threads_of_its_own():
     code = CHECK + """
-import os
-from keras_mml import kernels
-kernels.PARALLEL = 0
+import os, threading
+from keras_mml.native import kernels
+kernels.native().share(3, 0)
 check()
-child = os.fork()
-if child == 0:
-    try:
-        check()
-        os._exit(0 if kernels.thread_count() == 1 else 2)
-    except BaseException:
-        os._exit(1)
-print(os.waitpid(child, 0)[1])
+others = [threading.Thread(target=lambda: [check() for _ in range(20)], daemon=True) for _ in range(3)]
+for other in others:  # who may have the threads when the child is made
+    other.start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        try:
+            check()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+print("equal")
 """
-    assert run_python(code) == "0"
+    assert run_python(code) == "equal"
 
 
-HOST = set() if vector_kernels is None else vector_kernels.cpu_features()
+SETS = [name for name in ("avx512_vnni", "avx_vnni", "avx2", "neon_dot", "generic") if native and native.use(name)] or ["generic"]
 
 
-@needs_numba
-@pytest.mark.parametrize(
-    "name, features, expected",
-    [
-        pytest.param("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "avx2", marks=pytest.mark.slow),
-        pytest.param("haswell", None, "avx2", marks=pytest.mark.slow),
-        ("generic", None, "generic"),
-        pytest.param("cascadelake", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512vnni", "avx_vnni", marks=pytest.mark.slow),
-        ("alderlake", "+avx,+avx2,+fma,+avxvnni", "avx_vnni"),
-        ("icelake-server", "+avx2,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni", "avx512_vnni"),
-    ],
-)
-def test_other_processors(name, features, expected):
-    if "sse2" not in HOST or not {f[1:] for f in (features or "").split(",") if f} <= HOST:
-        pytest.skip("this processor cannot run that code")
-    environment = {"NUMBA_CPU_NAME": name, **({} if features is None else {"NUMBA_CPU_FEATURES": features})}
-    code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"
-    assert run_python(code, **environment) == expected
-
-
-@pytest.mark.slow
-@needs_numba
-def test_instructions_that_numba_was_told_not_to_use_are_not_used():
-    code = CHECK + "check()\nfrom keras_mml import vector_kernels\nprint(vector_kernels.ISA.name)"
-    assert run_python(code, NUMBA_ENABLE_AVX="0") in ("generic", "neon_dot")
-
-
-@needs_numba
-@pytest.mark.parametrize(
-    "triple, features, expected",
-    [
-        ("aarch64-linux-gnu", "+neon,+dotprod", "sdot"),
-        ("aarch64-linux-gnu", "+neon", "mla"),
-        ("x86_64-linux-gnu", "+avx2,+avxvnni", "{vex}"),
-        ("x86_64-linux-gnu", "+avx512f,+avx512bw,+avx512vnni", "zmm"),
-    ],
-)
-def test_the_tile_compiles_for_processors_that_are_not_here(triple, features, expected):
-    from llvmlite import binding, ir
-
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
+@needs_native
+@pytest.mark.parametrize("name", SETS)
+def test_every_instruction_set_that_this_processor_has(name):
+    best = SETS[0]
+    assert native.use(name) and native.instructions() == name
     try:
-        target = binding.Target.from_triple(triple)
-    except RuntimeError:
-        pytest.skip("this LLVM was built without that target")
-    isa = vector_kernels.instruction_set({f[1:] for f in features.split(",")})
-    for rows in (1, isa.rows):
-        module = ir.Module()
-        module.triple = triple
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5), "tile")
-        builder = ir.IRBuilder(function.append_basic_block())
-        vector_kernels.emit_tile(builder, isa, rows, *function.args)
-        builder.ret_void()
-        machine = target.create_target_machine(features=features, opt=3)
-        assert expected in machine.emit_assembly(binding.parse_assembly(str(module)))
+        for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 70)]:
+            q, trits = problem(rows, dim, units)
+            np.testing.assert_array_equal(sums(q, trits), q @ trits)
+            np.testing.assert_array_equal(sums(q // 3, trits, bits=0), q // 3 @ trits)
+        rng = np.random.default_rng(0)
+        x, packed = rng.normal(size=(9, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
+        scale, gain = rng.normal(size=70).astype("float32"), rng.normal(size=100).astype("float32")
+        expected = linear_numpy(x, packed, 70, scale, scale, gain, True, 8)
+        np.testing.assert_array_equal(ternary_linear(x, packed, 70, scale, scale, gain), expected)
+    finally:
+        assert native.use(best)
 
 
-@needs_numba
-def test_the_instruction_set_follows_the_features():
-    choose = vector_kernels.instruction_set
-    for features, name in [
-        ({"avx2", "avx512vnni", "avx512bw", "avx512vl", "avxvnni"}, "avx512_vnni"),
-        ({"avx2", "avxvnni"}, "avx_vnni"),
-        ({"avx2", "avx512f", "avx512bw"}, "avx2"),
-        ({"neon", "dotprod"}, "neon_dot"),
-        ({"neon"}, "generic"),
-        (set(), "generic"),
-    ]:
-        assert choose(features).name == name
+@needs_native
+def test_an_instruction_set_that_is_not_there_is_not_used():
+    before = native.instructions()
+    assert not native.use("abacus") and native.instructions() == before
 
 
-@needs_numba
-def test_numpy_takes_over_where_it_is_faster(monkeypatch):
-    monkeypatch.setattr(vector_kernels, "ISA", vector_kernels.GENERIC)
-    assert kernels.kernel_for(kernels.FLOAT_ROWS, 64, 64) == (None, 1)
-    assert kernels.kernel_for(1, 64, 64) == (vector_kernels.linear_at, 1)
-    q, trits = problem(kernels.FLOAT_ROWS, 100, 70)
-    np.testing.assert_array_equal(sums(q, trits), q @ trits)
+@needs_native
+def test_what_does_not_fit_is_not_computed():
+    q, trits = problem(3, 20, 5)
+    packed, scale = pack_ternary(trits), np.ones(5, np.float32)
+    table = np.array([[0, 20, 5, packed.ctypes.data, scale.ctypes.data, 0, 0, 0, 127]], np.int64)
+    x, outputs = q.astype("float32"), np.full((3, 5), 7, np.float32)
+    read_only = outputs.copy()
+    read_only.flags.writeable = False
+    for arguments in [
+        (table, x.astype("float64"), outputs), (table, x[:, :19].copy(), outputs), (table, x, outputs[:2]), (table[:0], x, outputs),
+        (table, np.asfortranarray(x), outputs), (table, x, read_only), (table.astype("int32"), x, outputs), (table, None, outputs),
+        (table, x), (table, x.reshape(3, 4, 5), outputs), (table, x.ravel(), outputs), (table, np.float32(1), outputs),
+    ]:  # fmt: skip
+        assert not native.run((20,), *arguments)
+    assert not native.run((4, 5), table, x, outputs) and not native.run((), table, x, outputs)
+    for shape in (None, (None,), [20]):
+        with pytest.raises((TypeError, SystemError)):
+            native.run(shape, table, x, outputs)
+    assert (outputs == 7).all() and native.run((20,), table, x, outputs)
+    np.testing.assert_array_equal(outputs, q @ trits)
 
 
-@needs_numba
 def test_threads_respect_their_limits(monkeypatch):
-    numba = pytest.importorskip("numba")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert kernels.thread_count() == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "64,2")
-    assert kernels.thread_count() == numba.get_num_threads()
-    assert kernels.kernel_for(1, 64, 64)[1] == 1  # too small to share
-    monkeypatch.setattr(kernels, "_forked", True)
-    assert kernels.thread_count() == 1
+    before = kernels.get_num_threads()
+    try:
+        kernels.set_num_threads(3)
+        assert kernels.get_num_threads() == 3
+        for wrong in (0, -1, 1.5, None):
+            with pytest.raises(ValueError, match=f"must be a positive integer. Received: threads={wrong}"):
+                kernels.set_num_threads(wrong)
+    finally:
+        kernels.set_num_threads(before)
+    code = "from keras_mml.native import kernels; print(kernels.get_num_threads())"
+    assert run_python(code, OMP_NUM_THREADS="1") == run_python(code, OMP_NUM_THREADS="1,2") == "1"
+    assert int(run_python(code, OMP_NUM_THREADS="")) == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
 
 
-@needs_numba
 def test_the_threads_of_torch_stay_as_they_were():
-    code = (
-        "import os, torch, numpy as np\n"
-        "torch.set_num_threads(1)\n"
-        "from keras_mml import kernels, packing\n"
-        "packed = packing.pack_ternary(np.ones((1024, 1024)))\n"
-        "kernels.ternary_linear(np.ones((8, 1024), 'float32'), packed, 1024, 1.0)\n"
-        "assert torch.get_num_threads() == 1"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    code = """
+        import torch, numpy as np
+        before = torch.get_num_threads()
+        from keras_mml.native import kernels
+        from keras_mml.packing import pack_ternary
+        kernels.ternary_linear(np.ones((8, 1024), "float32"), pack_ternary(np.ones((1024, 1024))), 1024, 1.0)
+        print(torch.get_num_threads() == before)
+    """
+    assert run_python(code) == "True"
 
 
-def test_without_numba_the_results_are_the_same_with_one_warning():
+def test_without_the_library_the_results_are_the_same_with_one_warning():
     code = """
         import sys, warnings
-        sys.modules["numba"] = None
+        sys.modules["keras_mml.native._native"] = None
         import numpy as np
-        from keras_mml.kernels import ternary_linear
-        from keras_mml.packing import pack_ternary
         rng = np.random.default_rng(0)
-        x, packed = rng.normal(size=(5, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            from keras_mml.native.kernels import ternary_linear
+            from keras_mml.packing import pack_ternary
+            x, packed = rng.normal(size=(5, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
             for _ in range(3):
                 y = ternary_linear(x, packed, 70, 0.1)
-        assert [w.category for w in caught] == [RuntimeWarning] and "pip install numba" in str(caught[0].message)
+        assert ["without compiled kernels" in str(w.message) for w in caught if w.category is RuntimeWarning] == [True]
         print(y.tobytes().hex())
     """
     rng = np.random.default_rng(0)
     x, packed = rng.normal(size=(5, 100)).astype("float32"), pack_ternary(rng.integers(-1, 2, (100, 70)))
     assert run_python(code) == ternary_linear(x, packed, 70, 0.1).tobytes().hex()
-
-
-def test_importing_the_package_does_not_import_the_compiler():
-    assert run_python("import sys, keras_mml; print('numba' in sys.modules, 'llvmlite' in sys.modules)") == "False False"
 
 
 @pytest.mark.parametrize(

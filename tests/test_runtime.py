@@ -1,6 +1,7 @@
 """The runtime: what it predicts against Keras, what it refuses, and thousands of damaged files."""
 
 # ruff: noqa: E501
+import copy
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from cases import CASES, VARIANTS, data_side_by_side, lengths, side_by_side
 from keras import layers, ops
 
 import keras_mml
-from keras_mml import kernels, runtime
+from keras_mml import runtime
 from keras_mml.layers import (
     GRUMML,
     Conv1DMML,
@@ -36,6 +37,7 @@ from keras_mml.layers import (
     TokenEmbedding,
     TransformerBlockMML,
 )  # fmt: skip
+from keras_mml.native import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 PIXELS = np.random.default_rng(0).normal(size=(3, 4, 4))
@@ -475,7 +477,6 @@ sys.meta_path.insert(0, Missing())
 import numpy as np
 import keras_mml
 from keras_mml import runtime
-assert not {"numba", "llvmlite"} & set(sys.modules), "numba waits until a file is loaded"
 model = runtime.load(sys.argv[1])
 np.save(sys.argv[2], model(np.load(sys.argv[3])))
 for name in ("pack", "layers", "summary"):
@@ -502,12 +503,29 @@ def test_it_needs_no_keras(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0))
 
 
+def test_a_copy_has_memory_of_its_own():
+    model, content = sequential((6,), DenseMML(70, "relu"), DenseMML(3))
+    x = np.random.normal(size=(5, 6)).astype("float32")
+    loaded = runtime.load(content)
+    expected, twin = loaded(x), copy.deepcopy(loaded)
+    mine, theirs = loaded.calls[0].function.table, twin.calls[0].function.table
+    assert twin.fast and not np.intersect1d(mine[:, 3:5], theirs[:, 3:5]).size
+    del loaded
+    np.testing.assert_array_equal(twin(x), expected)
+
+
+def test_inputs_that_are_whole_numbers_are_cut_also_where_one_call_does_all():
+    _, content = sequential((4,), DenseMML(3), dtype="int32")
+    loaded, x = runtime.load(content), np.array([[1.7, 2.6, -3.9, 0.9]], "float32")
+    np.testing.assert_array_equal(loaded(x), loaded(x.astype("int32")))
+
+
 @pytest.mark.any_backend
-def test_without_numba_numpy_computes_the_same(monkeypatch):
+def test_without_the_library_numpy_computes_the_same(monkeypatch):
     _, content = sequential((6,), DenseMML(8, "relu"), DenseMML(3))
     x = np.random.normal(size=(5, 6)).astype("float32")
     expected = runtime.load(content)(x)
-    monkeypatch.setattr(kernels, "vector_kernels", lambda: None)
+    monkeypatch.setattr(kernels, "native", lambda: None)
     model = runtime.load(content)
     assert model.fast is None
     np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import base64
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import finish_site
@@ -54,7 +56,7 @@ def process():
     changes = NbdevLookup().linkify((ROOT / "CHANGELOG.md").read_text(encoding="utf8").split("\n", 1)[1])
     changes = linked(re.sub(r"^## (\S+), .*$", r"## \1 {#v\1}", changes, flags=re.M), "")
     front = "---\ntitle: Changelog\ndescription: What changed, version by version\nimage: /cards/index.png\nrepo-actions: false\n---\n"
-    (PROCESSED / "assets" / "demo" / "weights.js").write_text(f"window.kerasMmlDigitWeights = {digit_weights()};\n", encoding="utf8")
+    (PROCESSED / "assets" / "demo" / "weights.js").write_text(weights_script(), encoding="utf8")
     (PROCESSED / "changelog.md").write_text(front + changes, encoding="utf8")
 
 
@@ -64,9 +66,22 @@ def digit_weights():
     return json.loads(f'"{WEIGHTS.search(tutorial)[1]}"')
 
 
+def weights_script():
+    "A script for pages, which may fetch nothing from a folder: the weights of the digit demo, and the kernels that compute with them."
+    from keras_mml.native.wasm import compile_wasm  # here, since it imports Keras
+
+    with tempfile.TemporaryDirectory() as folder:
+        compile_wasm(kernels := Path(folder, "kernels.wasm"))
+        code = base64.b64encode(kernels.read_bytes()).decode()
+    return f'window.kerasMmlDigitWeights = {digit_weights()};\nwindow.kerasMmlKernels = "{code}";\n'
+
+
 def process_page(path, page):
     notebook, up, name = nbformat.read(path, 4), "../" * (len(page.parts) - 1), "-".join(page.with_suffix("").parts)
     within_section, plots = False, []
+    written = nbformat.read(SOURCE / path.relative_to(PROCESSED), 4).cells  # before nbdev took the magics away
+    files = {cell.id: cell.source.split()[1] for cell in written if cell.source.startswith("%%c ")}
+    notebook.cells = [as_c(cell.source, files[cell.id]) if cell.id in files else cell for cell in notebook.cells]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_alternatives(linked(cell.source, up))
@@ -98,6 +113,11 @@ def process_page(path, page):
         finish_site.write_card(PROCESSED / card, texts["title"], texts["description"], *plots[:1])
     front.source = re.sub(r"^output-file: .*\n", "", front.source, flags=re.M).replace("---\n", f"---\nimage: /{card}\n", 1)
     nbformat.write(notebook, path)
+
+
+def as_c(code, file):
+    "A piece of a C file: as C, under the name of the file."
+    return nbformat.v4.new_markdown_cell(f'```{{.c filename="{file}"}}\n{code}\n```')
 
 
 def cell_options(source):

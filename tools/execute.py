@@ -39,7 +39,7 @@ def fingerprint(notebook):
     code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     digest = hashlib.sha256(code.encode())
     for path in sorted((NOTEBOOKS / "benchmarks").glob("*.json")):
-        if re.search(rf"\b{path.stem}\b", code):
+        if re.search(rf'\b{path.stem}\.json|saved\("{path.stem}"\)', code):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -42,6 +42,10 @@ free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1024)}')
 if [ "$free" -lt 2000 ]; then fail "only $free MB of disk are free, and the packages need up to 4 GB. Free some and run the same command again."; fi
 
 echo "→ installing keras_mml[$extras] into .venv (some minutes the first time)"
-.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e ".[$extras]" 2>&1 | tee "$log" |
-    { grep --line-buffered -E "^(Collecting|Downloading|Building|Installing collected)" || true; } | cut -c 1-70 || explain
+install() {
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt "$@" 2>&1 | tee "$log" |
+        { grep --line-buffered -E "^(Collecting|Downloading|Building|Installing collected)" || true; } | cut -c 1-70 || explain
+}
+install setuptools ziglang  # what the build takes, once, and not in an environment of its own for each
+install --no-build-isolation -e ".[$extras]"
 rm -f "$log"

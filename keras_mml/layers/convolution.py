@@ -15,7 +15,7 @@ from .arguments import check_one_of
 from .dense import activation_quantizer_for, kernel_quantizer_for
 from .normalization import rms_normalize
 from .packed import PackableLayer
-from ..operators import packed_linear, refuse_gradient, unpack_on_device
+from ..native.operators import packed_linear, refuse_gradient, unpack_on_device
 
 # %% ../../nbs/layers/convolution.ipynb #b4b7ed93
 def window_slices(

@@ -15,6 +15,7 @@ from .. import quantizers
 from .arguments import check_positive_integers, defined_last_dimension
 from .normalization import rms_normalize
 from .packed import PackableLayer
+from ..native.training import in_one_pass, ternary_linear
 
 # %% ../../nbs/layers/dense.ipynb #23e68554
 def quantized_matmul(
@@ -153,6 +154,9 @@ class DenseMML(PackableLayer):
     def call(self, inputs, training=None):
         if self.packed:
             return self.activation(self.packed_product(inputs, training))
+        if in_one_pass(self, inputs):
+            settings = self.norm == "rms", self.activation_quantizer.bits, self.kernel_quantizer.scale == "channel"
+            return self.activation(ternary_linear(inputs, self.kernel, self.bias, self.gain, *settings))
         x = rms_normalize(inputs, self.gain) if self.norm == "rms" else inputs
         outputs = quantized_matmul(x, self.kernel, self.activation_quantizer, self.kernel_quantizer, self.compute_dtype)
         if self.bias is not None:

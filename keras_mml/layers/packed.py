@@ -14,7 +14,8 @@ from keras import ops
 
 from .. import quantizers
 from ..copies import copy_of
-from ..operators import callers, packed_linear
+from ..native.operators import callers, packed_linear
+from ..native.training import round_kernel
 from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
 
 # %% ../../nbs/layers/packed.ipynb #7c2c82c3
@@ -113,7 +114,7 @@ class PackableLayer(keras.layers.Layer):
             trits = unpack_ternary(ops.convert_to_numpy(self.packed_kernel), self.kernel_shape)
             scale = ops.convert_to_numpy(self.kernel_scale)
         else:
-            trits, scale = (ops.convert_to_numpy(array) for array in self.kernel_quantizer.quantize(self.kernel))
+            trits, scale = round_kernel(self)
         vectors = {name: getattr(self, name) for name in VECTORS[1:] if getattr(self, name) is not None}
         try:
             trits = as_trits(trits)

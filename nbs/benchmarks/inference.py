@@ -9,6 +9,9 @@ its own below _build/.
 """
 
 import argparse
+import ctypes
+import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -25,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = [(256, 256), (784, 256), (1024, 1024), (4096, 4096), (4096, 11008)]
 ROWS = [1, 8, 32, 128, 512]
-QUANTIZED_UP_TO = 2**28  # multiply-adds; beyond, a call of Keras' quantized layers takes many seconds
+QUANTIZED_UP_TO = 2**28  # multiply-adds; beyond, a call of Keras' quantized layers, or of llama.cpp's slower types, takes seconds
 ORT_BLOCKS = (32, 64, 128)  # with 16 and 256, its accuracy level 4 falls back to floats
+GGML_TYPES = {"TQ1_0": (34, 256), "TQ2_0": (35, 256), "Q2_0": (42, 64)}  # numbers in ggml.h, weights that share a scale
+GGML_CONTEXTS = []  # to be freed
 
 
 def medians(functions, seconds=1.0, block=2e-3, least=5, settle=0.0):
@@ -60,30 +65,22 @@ def ours(trits, x):
     import numpy as np
     import torch
 
-    import keras_mml.operators
-    from keras_mml import kernels
+    from keras_mml.native import kernels
+    from keras_mml.native.operators import packed_linear
     from keras_mml.packing import pack_ternary
 
     (rows, dim), units = x.shape, trits.shape[1]
-    packed = torch.tensor(pack_ternary(trits))
-    scale, outputs = torch.full((units,), 0.03), torch.empty(rows, units)
-    kernel, parts = kernels.kernel_for(rows, dim, units)
-    arguments = (x.data_ptr(), rows, dim, packed.data_ptr(), units, scale.data_ptr(), 0, 0, False, 127, outputs.data_ptr(), 0, parts)
-    operator = torch.ops.keras_mml.packed_linear.default
-    if kernel is None:
-        product = lambda: kernels.ternary_linear(x.numpy(), packed.numpy(), units, scale.numpy(), normalize=False)
-        result = product()
-    else:
-        product = lambda: kernel(*arguments)
-        product()
-        result = outputs.numpy()
-    expected = kernels.linear_numpy(x.numpy(), packed.numpy(), units, scale.numpy(), None, None, False, 8)
-    assert np.array_equal(result, expected)
-    keep = (packed, scale, outputs)
+    packed, scale, nothing = torch.tensor(pack_ternary(trits)), torch.full((units,), 0.03), torch.empty(0)
+    inputs, outputs = x.numpy(), np.empty((rows, units), np.float32)
+    table = np.array([0, dim, units, packed.data_ptr(), scale.data_ptr(), 0, 0, False, 127], np.int64)
+    run, operator = kernels.native().run, torch.ops.keras_mml.packed_linear.default
+    assert run((dim,), table, inputs, outputs)
+    assert np.array_equal(outputs, kernels.linear_numpy(inputs, packed.numpy(), units, scale.numpy(), None, None, False, 8))
     return {
-        "packed": lambda keep=keep: product(),
-        "packed, torch operator": lambda: operator(x, packed, scale, None, None, units, False, 8),
-        "packed, normalised, torch operator": lambda: operator(x, packed, scale, None, None, units, True, 8),
+        "packed": lambda: run((dim,), table, inputs, outputs),
+        "packed, torch operator": lambda: operator(x, packed, scale, nothing, nothing, units, False, 127),
+        "packed, normalised, torch operator": lambda: operator(x, packed, scale, nothing, nothing, units, True, 127),
+        "packed, normalised, checked": lambda: packed_linear(x, packed, scale, None, None, units),
     }
 
 
@@ -165,15 +162,94 @@ def onnx_runtime(trits, x, threads):
     return functions
 
 
+class ThreadpoolParameters(ctypes.Structure):  # of ggml.h
+    _fields_ = [
+        ("cpumask", ctypes.c_bool * 512), ("n_threads", ctypes.c_int), ("prio", ctypes.c_int), ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool), ("paused", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class Plan(ctypes.Structure):  # of ggml-cpu.h
+    _fields_ = [
+        ("work_size", ctypes.c_size_t), ("work_data", ctypes.c_void_p), ("n_threads", ctypes.c_int), ("threadpool", ctypes.c_void_p),
+        ("abort_callback", ctypes.c_void_p), ("abort_callback_data", ctypes.c_void_p), ("use_ref", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class Context(ctypes.Structure):  # ggml_init_params of ggml.h
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+@functools.cache
+def ggml():
+    "The library of llama.cpp that multiplies, as llama-cpp-python brings it along."
+    folder = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
+    base, cpu = (ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu"))
+    address = ctypes.c_void_p
+    for library, name, result, *arguments in (
+        (base, "init", address, Context), (base, "new_tensor_2d", address, address, ctypes.c_int, ctypes.c_int64, ctypes.c_int64),
+        (base, "mul_mat", address, address, address, address), (base, "new_graph", address, address), (base, "get_data", address, address),
+        (base, "build_forward_expand", None, address, address), (base, "free", None, address),
+        (base, "quantize_chunk", ctypes.c_size_t, ctypes.c_int, *[address] * 2, *[ctypes.c_int64] * 3, address),
+        (base, "threadpool_params_default", ThreadpoolParameters, ctypes.c_int),
+        (cpu, "threadpool_new", address, ctypes.POINTER(ThreadpoolParameters)),
+        (cpu, "graph_plan", Plan, address, ctypes.c_int, address), (cpu, "graph_compute", ctypes.c_int, address, ctypes.POINTER(Plan)),
+        (cpu, "cpu_init", None),
+    ):  # fmt: skip
+        function = getattr(library, f"ggml_{name}")
+        function.restype, function.argtypes = result, arguments
+        setattr(base, name, function)
+    base.cpu_init()
+    return base
+
+
+@functools.cache
+def ggml_threads(threads):
+    parameters = ggml().threadpool_params_default(threads)
+    parameters.poll = 0  # idle threads sleep
+    return ggml().threadpool_new(ctypes.byref(parameters))
+
+
+def llama_cpp(trits, x, threads):
+    "A graph of one product in llama.cpp's ternary types, TQ1_0 and TQ2_0, and its newer type of 2 bits, Q2_0, where sizes allow."
+    import numpy as np
+
+    (rows, dim), units, functions, library = x.shape, trits.shape[1], {}, ggml()
+    weights, exact = np.ascontiguousarray(trits.T * np.float32(0.03)), x.numpy() @ (trits * np.float32(0.03))
+    for name, (kind, block) in GGML_TYPES.items():
+        if dim % block or (name != "TQ2_0" and rows * dim * units > QUANTIZED_UP_TO):
+            continue
+        context = library.init(Context(weights.nbytes + 4 * rows * (dim + units) + 2**20, None, False))
+        w, inputs = library.new_tensor_2d(context, kind, dim, units), library.new_tensor_2d(context, 0, dim, rows)
+        library.quantize_chunk(kind, weights.ctypes.data, library.get_data(w), 0, units, dim, None)
+        ctypes.memmove(library.get_data(inputs), x.numpy().ctypes.data, 4 * x.numel())
+        outputs, graph = library.mul_mat(context, w, inputs), library.new_graph(context)
+        library.build_forward_expand(graph, outputs)
+        plan = library.graph_plan(graph, threads, ggml_threads(threads))
+        work = ctypes.create_string_buffer(plan.work_size + 64)
+        plan.work_data = ctypes.addressof(work)
+
+        def multiply(graph=graph, plan=ctypes.byref(plan), keep=(plan, work)):
+            library.graph_compute(graph, plan)
+
+        multiply()
+        found = np.frombuffer((ctypes.c_float * (rows * units)).from_address(library.get_data(outputs)), np.float32).reshape(rows, units)
+        assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
+        functions[f"llama.cpp {name}"] = multiply
+        GGML_CONTEXTS.append(context)
+    return functions
+
+
 def measure_kernels(threads, shapes=SHAPES, rows=ROWS, everything=True):
-    import numba
     import numpy as np
     import torch
 
-    from keras_mml import vector_kernels
+    from keras_mml.native import kernels
 
-    numba.set_num_threads(threads)  # first, since numba may set the threads of torch, too
+    kernels.set_num_threads(threads)
     torch.set_num_threads(threads)
+    if name := os.environ.get("KERAS_MML_INSTRUCTIONS"):
+        assert kernels.native().use(name), name
     rng, records = np.random.default_rng(0), []
     for dim, units in shapes:
         trits = rng.integers(-1, 2, (dim, units)).astype(np.int8)
@@ -181,13 +257,15 @@ def measure_kernels(threads, shapes=SHAPES, rows=ROWS, everything=True):
             x = torch.tensor(rng.normal(size=(m, dim)).astype(np.float32))
             functions = {**ours(trits, x), **floats_and_int8(x, units)}
             if everything:
-                functions |= onnx_runtime(trits, x, threads)
+                functions |= onnx_runtime(trits, x, threads) | llama_cpp(trits, x, threads)
             with torch.inference_mode():
                 seconds = medians(functions, settle=2e-3 if threads > 1 else 0)
+            while GGML_CONTEXTS:
+                ggml().free(GGML_CONTEXTS.pop())
             records.append(dict(dim=dim, units=units, rows=m, threads=threads, seconds=seconds))
             ratio = seconds["float32"] / seconds["packed"]
             print(f"  {dim}x{units} M={m} threads={threads}: {seconds['packed'] * 1e6:.1f} µs, {ratio:.1f}x", file=sys.stderr, flush=True)
-    return dict(instruction_set=vector_kernels.ISA.name, records=records)
+    return dict(instruction_set=kernels.native().instructions(), records=records)
 
 
 def measure_limits():
@@ -331,14 +409,10 @@ def peak_memory(path):
 
 
 def measure_start():
-    "Seconds that importing this package adds to importing Keras, and of the first packed call without and with saved code."
-    added, first = [], {"cold": [], "warm": []}
-    for _ in range(3):
-        added.append(run("start_import"))
-        with tempfile.TemporaryDirectory() as cache:
-            for kind in ("cold", "warm"):
-                first[kind].append(run("start_first_call", NUMBA_CACHE_DIR=cache))
-    return dict(import_added=statistics.median(added), first_call={kind: statistics.median(t) for kind, t in first.items()})
+    "Seconds that importing this package adds to importing Keras, and of the first packed call."
+    keep = dict(PYTHONDONTWRITEBYTECODE="")  # bytecode, as an installed package has it; the first process writes it
+    added, first = zip(*((run("start_import", **keep), run("start_first_call", **keep)) for _ in range(6)))
+    return dict(import_added=statistics.median(added[1:]), first_call=statistics.median(first[1:]))
 
 
 def start_import():
@@ -414,17 +488,16 @@ def run(function, *arguments, python=sys.executable, **variables):
 
 
 AVX2 = dict(
-    NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma,+f16c,+bmi,+bmi2", ATEN_CPU_CAPABILITY="avx2",
-    ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2",
+    KERAS_MML_INSTRUCTIONS="avx2", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2",
 )  # fmt: skip
-SSE = dict(NUMBA_CPU_NAME="generic", ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", MKL_ENABLE_INSTRUCTIONS="SSE4_2")
+SSE = dict(KERAS_MML_INSTRUCTIONS="generic", ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", MKL_ENABLE_INSTRUCTIONS="SSE4_2")
 FEWER = [SHAPES[0], SHAPES[2], SHAPES[3]], [1, 8, 32, 128], False
 
 
 def environment_here():
     import onnxruntime
 
-    return dict(environment(), onnxruntime=onnxruntime.__version__, numba=__import__("numba").__version__)
+    return dict(environment(), onnxruntime=onnxruntime.__version__)
 
 
 PARTS = {

@@ -4,12 +4,13 @@
 
 Each part runs in a process of its own and replaces its section of runtime.json. Competitors take turns, on one thread; a call is what a
 program would write: an array in, an array (or the library's tensor) out. Starting is timed as whole processes, in an environment
-below _build/ with the wheel of this checkout, NumPy and numba, and nothing else.
+below _build/ with the wheel of this checkout and NumPy, and nothing else.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -101,9 +102,16 @@ def measure_calls():
     import torch
 
     from keras_mml.layers import DenseMML
+    from keras_mml.native import chain
+
+    def layer_by_layer(x):
+        for single in alone:
+            x = single(x)
+        return x
 
     keras.utils.set_random_seed(0)
     ours, packed = in_runtime(classifier(DenseMML))
+    alone = [chain.Chain([step], (step.dim,)) for step in ours.calls[0].function.steps]
     floats = classifier(keras.layers.Dense)
     eager, session = in_torch(floats), in_onnx_runtime(floats)
     compiled = torch.compile(in_torch(floats))
@@ -116,7 +124,7 @@ def measure_calls():
             assert np.abs(eager(tensor).numpy() - session.run(None, {"x": x})[0]).max() < 1e-5
             functions = {
                 "runtime": lambda: ours(x),
-                "runtime, layer by layer": lambda: [ours.calls[0].function._one_by_one(x)],
+                "runtime, layer by layer": lambda: layer_by_layer(x),
                 "packed, Keras": lambda: packed(tensor),
                 "float32, Keras": lambda: floats(tensor),
                 "float32, torch": lambda: eager(tensor),
@@ -172,11 +180,11 @@ def measure_generation():
 
 # ── Starting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+MEMORY = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
 LOAD = "import numpy as np; from keras_mml import runtime; model = runtime.load({path!r}); model(np.zeros((1, 784), 'float32'))"
 STARTS = {
     "Python": "pass",
     "import numpy": "import numpy",
-    "import numba": "import numba",
     "import keras_mml.runtime": "import keras_mml.runtime",
     "load and predict": LOAD,
 }
@@ -187,14 +195,14 @@ KERAS_STARTS = {
 
 
 def bare_environment():
-    "Python with the wheel of this checkout, NumPy and numba."
+    "Python with the wheel of this checkout and NumPy."
     from importlib.metadata import version
 
     folder = ROOT / "_build" / "bare"
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *(f"{name}=={version(name)}" for name in ("numpy", "numba"))], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", f"numpy=={version('numpy')}"], check=True)
     with tempfile.TemporaryDirectory() as wheels:
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, str(ROOT)]
         subprocess.run(command, check=True)
@@ -207,7 +215,7 @@ def bare_environment():
 
 def seconds_of_process(python, code, **variables):
     start = time.perf_counter()
-    variables = {"KERAS_BACKEND": "torch", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", **variables}
+    variables = {"KERAS_BACKEND": "torch", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", **variables}
     subprocess.run([python, "-c", code], check=True, env={**os.environ, **variables}, cwd=tempfile.gettempdir(), stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
@@ -223,16 +231,34 @@ def measure_start(rounds=11):
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/digits.keras"
         keras_mml.pack(classifier(DenseMML)).save(path)
-        first = [seconds_of_process(python, LOAD.format(path=path), NUMBA_CACHE_DIR=f"{folder}/cache{i}") for i in range(3)]
         times = {name: [] for name in (*STARTS, *KERAS_STARTS)}
         for _ in range(rounds):
             for name in times:
                 code = {**STARTS, **KERAS_STARTS}[name].format(path=path)
                 times[name].append(seconds_of_process(python if name in STARTS else sys.executable, code, PYTHONPATH="" if name in STARTS else str(ROOT)))
+        memory = {name: resident(python, STARTS[name].format(path=path)) for name in STARTS}
+        first = [first_time(python, LOAD.format(path=path)) for _ in range(3)]
     seconds = {name: statistics.median(t) for name, t in times.items()}
-    seconds["load and predict, compiling"] = statistics.median(first)
+    seconds["load and predict, first time after installing"] = statistics.median(first)
     print("  " + ", ".join(f"{name} {t:.2f} s" for name, t in seconds.items()), file=sys.stderr, flush=True)
-    return dict(environment=environment(), packages=packages, rounds=rounds, seconds=seconds)
+    print("  " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in memory.items()), file=sys.stderr, flush=True)
+    return dict(environment=environment(), packages=packages, rounds=rounds, seconds=seconds, memory=memory)
+
+
+def first_time(python, code):
+    "Seconds of a process that finds nothing compiled, as Python compiles this package's own modules to its bytecode."
+    (package,) = Path(python).parent.parent.glob("lib/python*/site-packages/keras_mml")
+    for folder in package.rglob("__pycache__"):
+        shutil.rmtree(folder)
+    return seconds_of_process(python, code, PYTHONPATH="")
+
+
+def resident(python, code):
+    "Bytes of memory that a process has at its end; the median of five."
+    settings = dict(check=True, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": ""}
+    runs = [subprocess.run([python, "-c", f"{code}\n{MEMORY}"], env=environment, **settings).stdout for _ in range(5)]
+    return statistics.median(1024 * int(kilobytes) for kilobytes in runs)
 
 
 def main():

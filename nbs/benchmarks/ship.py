@@ -1,9 +1,10 @@
 """The same classifier in Keras, in the bare runtime, in ONNX Runtime and in the browser: answers, sizes and times of one digit.
 
     python nbs/benchmarks/ship.py
+    python nbs/benchmarks/ship.py --demo   only the demo, in plain JavaScript and in WebAssembly
 
 The weights are those of the demo, which the first tutorial made. Needs onnx, onnxscript, onnxruntime, playwright and a Chromium. What runs
-in Python takes turns on one thread; the page times its own calls, many in a row. Writes ship.json.
+in Python takes turns on one thread; a page times its own calls, many in a row, and its two ways take turns. Writes ship.json.
 """
 
 import base64
@@ -36,19 +37,35 @@ ANSWER_ALL = """([base64, count]) => {
 }"""
 
 
-def in_browser(weights, images):
-    "Probabilities of all images, and the median seconds of one answer."
+# The median seconds of one answer in plain JavaScript and in WebAssembly, which take turns
+COMPARE = """() => {
+    const compiled = kerasMmlDemo.load(kerasMmlDigitWeights);
+    delete window.kerasMmlKernels;
+    const readers = [compiled, kerasMmlDemo.load(kerasMmlDigitWeights)], image = compiled.samples[0].image, times = {};
+    for (let round = 0; round < 16; round++) {
+        for (const reader of readers) {
+            const start = performance.now();
+            for (let i = 0; i < 1000; i++) reader.predict(image);
+            if (round) (times[reader.engine] ||= []).push((performance.now() - start) / 1000 / 1000); // the first compiles
+        }
+    }
+    return {seconds: Object.fromEntries(Object.entries(times).map(([name, all]) => [name, all.sort((a, b) => a - b)[7]]))};
+}"""
+
+
+def in_browser(script, code, *arguments):
+    "What code returns in a page with the demo's script and this one for its weights."
     from playwright.sync_api import sync_playwright
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         shutil.copy(ROOT / "nbs" / "assets" / "demo" / "digits.js", folder)
-        Path(folder, "weights.js").write_text(f"window.kerasMmlDigitWeights = {weights};", encoding="utf8")
+        Path(folder, "weights.js").write_text(script, encoding="utf8")
         Path(folder, "index.html").write_text(PAGE, encoding="utf8")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         page.goto(Path(folder, "index.html").as_uri())
-        answers = page.evaluate(ANSWER_ALL, [base64.b64encode(images.tobytes()).decode(), len(images)])
+        answers = page.evaluate(code, *arguments)
         answers["version"] = browser.version
         browser.close()
     return answers
@@ -80,8 +97,20 @@ def packed_digits(weights):
     return model
 
 
+def measure_demo():
+    "Seconds of one answer of the demo in each of its two ways."
+    import build_site
+
+    page = in_browser(build_site.weights_script(), COMPARE)
+    print(f"  demo: {page['seconds']}", file=sys.stderr)
+    return dict(environment={**environment(), "chromium": page["version"]}, seconds=page["seconds"])
+
+
 def main():
     one_thread()
+    sys.path.insert(0, str(ROOT / "tools"))
+    if "--demo" in sys.argv[1:]:
+        return save(RESULTS, {**json.loads(RESULTS.read_text()), "demo": measure_demo()})
     import keras
     import numpy as np
     import onnxruntime
@@ -91,7 +120,6 @@ def main():
     from keras_mml import runtime
     from keras_mml.datasets import load_mnist
 
-    sys.path.insert(0, str(ROOT / "tools"))
     import build_site
 
     weights = build_site.digit_weights()
@@ -123,7 +151,7 @@ def main():
             "ONNX Runtime, rounded twice": lambda: rounded.run(None, {name: one}),
         }
         seconds = medians(functions, seconds=5.0)
-    page = in_browser(weights, images)
+    page = in_browser(f"window.kerasMmlDigitWeights = {weights};", ANSWER_ALL, [base64.b64encode(images.tobytes()).decode(), len(images)])
     answers["browser"], seconds["browser"] = np.array(page["probabilities"]), page["seconds"]
 
     files = dict(zip(answers, ("digits.keras", "digits.keras", "digits.onnx", "rounded.onnx", "weights.js")))
@@ -139,7 +167,7 @@ def main():
         )
         print(f"  {place}: {records[place]}", file=sys.stderr)
     versions = {**environment(), "onnxruntime": onnxruntime.__version__, "chromium": page["version"]}
-    save(RESULTS, dict(environment=versions, digits=len(labels), records=records))
+    save(RESULTS, dict(environment=versions, digits=len(labels), records=records, demo=measure_demo()))
 
 
 if __name__ == "__main__":

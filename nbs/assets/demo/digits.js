@@ -1,11 +1,13 @@
 /* A digit reader that runs in the page: a packed keras_mml network in plain JavaScript, without dependencies.
  *
  * 1. The network   the weights as trits, and sums that only add and subtract
- * 2. The drawing   from strokes to 28 x 28 pixels, in the way that MNIST was made
- * 3. The page      a pad to draw on, ten probabilities, and the weights that voted
+ * 2. The kernels   the same network in the library's C, as WebAssembly, with the same logits
+ * 3. The drawing   from strokes to 28 x 28 pixels, in the way that MNIST was made
+ * 4. The page      a pad to draw on, ten probabilities, and the weights that voted
  *
  * It fills every element of the class digit-demo. The weights come from the notebook tutorials/mnist.ipynb, either as
- * JSON in a script element of the class digit-weights beside that element, or as window.kerasMmlDigitWeights.
+ * JSON in a script element of the class digit-weights beside that element, or as window.kerasMmlDigitWeights. The kernels,
+ * which a page can do without, are window.kerasMmlKernels: a WebAssembly module in base64, see the notebook native/wasm.ipynb.
  * For tests: kerasMmlDemo.load(weights).predict(new Float32Array(784)).
  */
 (() => {
@@ -39,11 +41,19 @@ function roundHalfToEven(value) {
   return rounded - value === 0.5 && rounded % 2 ? rounded - 1 : rounded;
 }
 
+/** The sum of the squares of a row, added in the order of the kernels, since another order would round differently. */
+function sumOfSquares(row) {
+  const squares = new Float64Array(16);
+  row.forEach((value, i) => (squares[i % 16] += value * value));
+  for (let half = 8; half >= 1; half /= 2) {
+    for (let i = 0; i < half; i++) squares[i] += squares[i + half];
+  }
+  return squares[0];
+}
+
 /** Divide a row by its root mean square, and round it to integers in [-127, 127] and a scale. */
 function quantize(row, { normEpsilon, scaleEpsilon, limit }) {
-  let squares = 0;
-  for (const value of row) squares += value * value;
-  const meanSquare = fround(fround(squares / row.length) + fround(normEpsilon));
+  const meanSquare = fround(fround(sumOfSquares(row) / row.length) + fround(normEpsilon));
   const perRms = fround(1 / fround(Math.sqrt(meanSquare)));
   const normalized = row.map((value) => value * perRms); // a Float32Array rounds what it takes
   let largest = fround(scaleEpsilon);
@@ -110,15 +120,25 @@ function load(weights) {
   const total = (size) => layers.reduce((sum, layer) => sum + size(layer), 0);
   const count = (trit) => total((layer) => layer.trits.reduce((n, t) => n + (t === trit), 0));
 
-  /** The ten probabilities for 784 pixels from 0 to 1, and what every layer did on the way. */
-  function predict(image) {
+  const kernels = compiledNetwork(layers, settings);
+
+  /** What every layer does with 784 pixels from 0 to 1. */
+  function stepsOf(image) {
     const steps = [];
-    let row = image;
     for (const layer of layers) {
+      const row = steps.length ? steps[steps.length - 1].outputs : image;
       steps.push(layerOutputs(layer, row, settings));
-      row = steps[steps.length - 1].outputs;
     }
-    return { probabilities: softmax(row), logits: row, steps };
+    return steps;
+  }
+
+  /** The ten probabilities for an image, and, for who asks, what every layer did on the way. */
+  function predict(image) {
+    const pixels = image.slice(); // as they are now
+    let steps = null;
+    const inJavaScript = () => (steps = steps || stepsOf(pixels));
+    const logits = (kernels && kernels(pixels)) || inJavaScript()[layers.length - 1].outputs;
+    return { probabilities: softmax(logits), logits, get steps() { return inJavaScript(); } };
   }
 
   /** How loudly each unit of the first layer spoke for a digit, along all ways through units that were on. */
@@ -134,6 +154,7 @@ function load(weights) {
 
   return {
     layers, predict, influence,
+    engine: kernels ? "WebAssembly" : "JavaScript",
     samples: weights.samples.map((sample) => ({ label: sample.label, image: unpackImage(sample, settings.side) })),
     additions: count(1), subtractions: count(-1), leftOut: count(0),
     saved: total((layer) => layer.trits.length),
@@ -142,7 +163,67 @@ function load(weights) {
   };
 }
 
-// ── 2. The drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
+// ── 2. The kernels ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** The trits of a layer as the kernels read them: 2 bits each, in blocks of 64 units and 16 inputs (see packing.ipynb). */
+function packTrits({ trits, inputs, units }) {
+  const blocks = Math.ceil(inputs / 16);
+  const packed = new Uint8Array(Math.ceil(units / 64) * blocks * 256).fill(0b01010101); // four zeros: a trit t is t + 1
+  for (let input = 0; input < inputs; input++) {
+    for (let unit = 0; unit < units; unit++) {
+      const block = Math.floor(unit / 64) * blocks + Math.floor(input / 16);
+      const byte = 256 * block + 4 * (unit % 64) + (input % 4), group = Math.floor((input % 16) / 4);
+      packed[byte] += trits[input * units + unit] * 4 ** group;
+    }
+  }
+  return packed;
+}
+
+/** A function from pixels to logits in the kernels; null where the page has none, or the browser cannot run them. */
+function compiledNetwork(layers, settings) {
+  if (!window.kerasMmlKernels) return null;
+  try {
+    const module = new WebAssembly.Module(bytesOf(window.kerasMmlKernels));
+    return networkIn(new WebAssembly.Instance(module).exports, layers, settings);
+  } catch (error) {
+    return null;
+  }
+}
+
+/** Copy a network into the memory of the kernels, where addresses are positions. */
+function networkIn({ memory, malloc, keras_mml_run: run, _initialize: initialize }, layers, { limit }) {
+  initialize();
+  const reserve = (bytes) => {
+    const address = malloc(bytes);
+    if (!address) throw new Error("There is no memory for the network.");
+    return address;
+  };
+  const put = (array) => {
+    const address = reserve(array.byteLength);
+    new Uint8Array(memory.buffer).set(new Uint8Array(array.buffer), address);
+    return address;
+  };
+
+  const LAYER = 56; // bytes of `struct layer` in native.h: three numbers of 64 bits, four addresses of 32, two numbers
+  const table = new DataView(new ArrayBuffer(LAYER * layers.length));
+  layers.forEach((layer, i) => {
+    const numbers = (from, values) => values.forEach((value, k) => table.setBigInt64(LAYER * i + from + 8 * k, BigInt(value), true));
+    const scale = new Float32Array(layer.units).fill(layer.scale);
+    numbers(0, [layer.activation === "relu" ? 1 : 0, layer.inputs, layer.units]); // 0: the last layer ends with its logits
+    [packTrits(layer), scale, layer.bias].forEach((array, k) => table.setUint32(LAYER * i + 24 + 4 * k, put(array), true));
+    numbers(40, [1, limit]); // normalised
+  });
+
+  const first = layers[0], last = layers[layers.length - 1], count = BigInt(layers.length);
+  const steps = put(table), inputs = reserve(4 * first.inputs), outputs = reserve(4 * last.units);
+  return (image) => {
+    new Float32Array(memory.buffer, inputs, first.inputs).set(image); // a new view each time: memory that grows is another buffer
+    const done = run(steps, count, inputs, 1n, outputs); // 0 if there is no memory to work in
+    return done ? new Float32Array(memory.buffer, outputs, last.units).slice() : null;
+  };
+}
+
+// ── 3. The drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 const SIDE = 28; // pixels of an image, and the unit in which strokes are kept: the pad is 28 wide
 const BOX = 20;  // the digit's longer side
@@ -198,7 +279,7 @@ function prepare(strokes) {
   return rasterize(move(Math.round(CENTRE - massX / mass), Math.round(CENTRE - massY / mass)));
 }
 
-// ── 3. The page ─────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── 4. The page ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const ADDED = [43, 127, 200], SUBTRACTED = [222, 74, 70]; // visible on white and on black
 const colour = (rgb, alpha) => `rgb(${rgb.join(" ")} / ${alpha})`;
@@ -485,7 +566,7 @@ function mount(root, network) {
       `<b>${whole(answers * network.saved)}</b> multiplications saved so far. Each answer makes ${whole(network.additions)} additions `
       + `and ${whole(network.subtractions)} subtractions and leaves ${whole(network.leftOut)} weights out, where float weights take `
       + `${whole(network.saved)} multiplications; ${whole(network.remaining)} remain around the sums, to bring numbers to size.`
-      + (result ? ` The last answer was found ${time}.` : "");
+      + (result ? ` The last answer was found ${time} with ${network.engine}.` : "");
   }
 
   /** Say the answer once a stroke has ended, not sixty times a second. */
