@@ -1,5 +1,6 @@
 """The kernels: exact integers for every shape, instruction set, thread count and process; the same floats as NumPy."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mml.native import kernels
+from keras_mml.native import build, kernels
 from keras_mml.native.kernels import linear_numpy, product_numpy, ternary_linear
 from keras_mml.packing import pack_ternary, packed_shape, unpack_ternary
 
@@ -197,6 +198,29 @@ def test_every_instruction_set_that_this_processor_has(name):
         np.testing.assert_array_equal(ternary_linear(x, packed, 70, scale, scale, gain), expected)
     finally:
         assert native.use(best)
+
+
+@pytest.mark.skipif(SETS[0] != "avx512_vnni", reason="AVX-VNNI is imitated with AVX-512 VNNI, which this processor does not have")
+def test_avx_vnni_imitated(tmp_path):
+    "Few processors have it, and QEMU has not: its kernel, with the instruction of AVX-512 for registers of the same size."
+    source = ROOT / "keras_mml" / "native"
+    code = (source / "kernels.c").read_text()
+    for theirs, ours in [("avx2,avxvnni", "avx2,avx512vl,avx512vnni"), ("dpbusd_avx_epi32", "dpbusd_epi32"), ("a71 >> 4 & 1", "avx512")]:
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    (tmp_path / "kernels.c").write_text(code)
+    flags = ["-fvisibility=default", f"-I{source}"]
+    build.compile_c([tmp_path / "kernels.c", source / "chain.c", source / "threads.c"], tmp_path / "imitated.so", flags=flags)
+    library = ctypes.CDLL(str(tmp_path / "imitated.so"))
+    library.keras_mml_use.restype = ctypes.c_char_p
+    assert library.keras_mml_use(b"avx_vnni") == b"avx_vnni"
+    for dim, units, rows in [(1, 1, 1), (16, 64, 1), (100, 70, 1), (100, 70, 3), (129, 200, 7), (300, 65, 70)]:
+        q, trits = problem(rows, dim, units)
+        x, packed, scale, outputs = q.astype("float32"), pack_ternary(trits), np.ones(units, "float32"), np.empty((rows, units), "float32")
+        table = np.array([0, dim, units, packed.ctypes.data, scale.ctypes.data, 0, 0, 0, 0], np.int64)
+        at = [ctypes.c_void_p(array.ctypes.data) for array in (table, x, outputs)]
+        assert library.keras_mml_run(at[0], ctypes.c_int64(1), at[1], ctypes.c_int64(rows), at[2])
+        np.testing.assert_array_equal(outputs, q @ trits)
 
 
 @needs_native
