@@ -31,7 +31,7 @@ static long differ(const float *found, int64_t count)
 static long check(void)
 {
     const struct header h = *(const struct header *)take(sizeof h);
-    const int64_t bytes = (h.units + 63) / 64 * ((h.dim + 15) / 16) * 256;
+    const int64_t bytes = packed_bytes(h.dim, h.units);
     const float *x = take_floats(h.rows * h.dim), *kernel = take_floats(h.dim * h.units);
     const float *bias = h.has_bias ? take_floats(h.units) : NULL, *gain = h.has_gain ? take_floats(h.dim) : NULL;
     uint8_t *packed = malloc(bytes);

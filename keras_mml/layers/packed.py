@@ -56,7 +56,7 @@ class PackableLayer(keras.layers.Layer):
             name="packed_kernel", shape=packed_shape(dim, units), dtype="uint8", initializer=zeros, **fixed
         )  # fmt: skip
         self.kernel_scale = self.add_weight(name="kernel_scale", shape=(units,), dtype="float32", initializer="ones", **fixed)
-        self.supports_jit = keras.backend.backend() != "tensorflow"  # there, the kernel is called through Python
+        self.supports_jit = keras.backend.backend() != "tensorflow"  # whose XLA cannot call the kernel
 
     @property
     def trainable(self):

@@ -72,7 +72,6 @@ static int step(const struct layer *layer, void *memory, const float *x, int64_t
 
 static int chain(const struct layer *layers, int64_t count, const float *x, int64_t rows, float *outputs, int threads)
 {
-    enum { CHUNK = 48 }; /* rows at a time: a multiple of every tile, and enough for each weight that is read to be used often */
     const int64_t most = rows < CHUNK ? rows : CHUNK, dim = layers[0].dim, units = layers[count - 1].units;
     int64_t widest = 0;
     size_t size = 0;

@@ -10,11 +10,18 @@
 #endif
 #include <stddef.h>
 
-enum { BLOCK_UNITS = 64, MOST_ROWS = 6 };
+enum { BLOCK_UNITS = 64, BLOCK_DIM = 16, BLOCK_BYTES = BLOCK_UNITS * BLOCK_DIM / 4, MOST_ROWS = 6 };
+enum { CHUNK = 48 }; /* rows at a time: a multiple of every tile, and enough for each weight that is read to be used often */
 #define NORM_EPSILON 1e-6f
 #define SCALE_EPSILON 1e-5f
 struct rounded { float scale; int32_t sum; };
 struct workspace { int32_t *sums; float *normalized; struct rounded *rows; int8_t *q; };
+
+/* How many bytes a packed kernel has. */
+static inline int64_t packed_bytes(int64_t dim, int64_t units)
+{
+    return (units + BLOCK_UNITS - 1) / BLOCK_UNITS * ((dim + BLOCK_DIM - 1) / BLOCK_DIM) * BLOCK_BYTES;
+}
 
 /* How many bytes a layer works in for so many rows, and how they are divided. */
 size_t keras_mml_bytes(const struct layer *layer, int64_t rows);

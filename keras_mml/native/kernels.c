@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { BLOCK_BYTES = 256, PREFETCH = 8192, MOST_IN_PLACE = 1 << 19 }; /* inputs up to which sums of codes in place fit into 32 bits */
+enum { PREFETCH = 8192, MOST_IN_PLACE = 1 << 19 }; /* inputs up to which sums of codes in place fit into 32 bits */
 #define ROUNDER 12582912.f
 
 #define INLINE static inline __attribute__((always_inline))

@@ -75,7 +75,7 @@ static int ternarize_buffers(const Py_buffer *views, PyObject *each_output)
     if (!is_floats(kernel) || kernel->ndim != 2 || !is_floats(scale))
         return 0;
     const int64_t dim = kernel->shape[0], units = kernel->shape[1];
-    if (packed->len != (units + 63) / 64 * ((dim + 15) / 16) * 256 || scale->len != 4 * units)
+    if (packed->len != packed_bytes(dim, units) || scale->len != 4 * units)
         return 0;
     if (!keras_mml_ternarize(kernel->buf, dim, units, each_output == Py_True, packed->buf, scale->buf, NULL))
         PyErr_NoMemory();

@@ -254,7 +254,7 @@ def _tensorflow_through_numpy(*tensors, **attributes):
     return tf.numpy_function(run, tensors, tf.float32, stateful=False)
 
 def _tensorflow_elsewhere(tf, x):
-    "Whether the product is to be taken without Python: on another device, by XLA, or in another process."
+    "Whether the product is to be taken without the library: on another device, by XLA, or in another process."
     if tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"):
         return True
     return tf.is_symbolic_tensor(x) and (_compiled_by_xla(x.graph) or any(callers(*EXPORTERS)))

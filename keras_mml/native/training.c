@@ -47,7 +47,6 @@ static void keep_rounded(const struct layer *layer, struct workspace work, int64
 
 static void forward_rows(void *context, int part, int parts)
 {
-    enum { CHUNK = 48 };
     struct forward *f = context;
     const struct training *t = f->t;
     const int64_t last = t->rows * (part + 1) / parts, blocks = (t->units + BLOCK_UNITS - 1) / BLOCK_UNITS;
@@ -68,7 +67,7 @@ static void forward_rows(void *context, int part, int parts)
 int keras_mml_forward(const struct training *t)
 {
     const int64_t work = t->rows * t->dim * t->units;
-    uint8_t *packed = malloc((size_t)((t->units + 63) / 64 * ((t->dim + 15) / 16) * 256));
+    uint8_t *packed = malloc((size_t)packed_bytes(t->dim, t->units));
     float *scale = malloc(sizeof *scale * (size_t)t->units);
     int done = packed && scale && keras_mml_ternarize(t->kernel, t->dim, t->units, (int)t->each_output, packed, scale, t->ternary);
     if (done) {
