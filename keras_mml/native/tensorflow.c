@@ -72,11 +72,14 @@ static void compute(void *kernel, object context)
     tensorflow.delete_status(status);
 }
 
-/* Returns 0, or the error of tensorflow. What is registered stays until the process ends. */
+/* Returns 0, or the error of tensorflow. What is registered stays until the process ends, and registering it again would end that. */
 EXPORT int keras_mml_register_tensorflow(const struct tensorflow *functions)
 {
     static const char NAME[] = "KerasMmlLinear", *const INPUTS[] = {"x: float", "packed: uint8", "scale: float", "bias: float", "gain: float"};
     static const char *const ATTRIBUTES[] = {"units: int", "normalize: int", "limit: int"};
+    static int error = -1;
+    if (error >= 0)
+        return error;
     tensorflow = *functions;
     const object status = tensorflow.new_status(), operator = tensorflow.new_operator(NAME);
     for (int i = 0; i < 5; i++)
@@ -88,7 +91,7 @@ EXPORT int keras_mml_register_tensorflow(const struct tensorflow *functions)
     tensorflow.register_operator(operator, status);
     if (!tensorflow.get_code(status))
         tensorflow.register_kernel(NAME, tensorflow.new_kernel(NAME, "CPU", create, compute, free), status);
-    const int error = tensorflow.get_code(status);
+    error = tensorflow.get_code(status);
     tensorflow.delete_status(status);
     return error;
 }
