@@ -32,7 +32,7 @@ setup: .venv/.ready .venv/.ready-library ## create .venv and install everything 
 	@$(BIN)/python setup.py --quiet build_ext --inplace $(or_stop)
 	@touch $@
 
-.venv/.ready-backends: .venv/.ready
+.venv/.ready-backends: .venv/.ready | .venv/.ready-library
 	@MAKE_TARGET="$(firstword $(MAKECMDGOALS))" tools/setup.sh dev torch jax plot tensorflow
 	@touch $@
 
