@@ -156,7 +156,9 @@ def ternary_linear(
     bits,          # width of the activations, 2 to 8
     each_output,   # whether each output has a scale of its own
 ):                 # a float32 tensor of shape `(..., units)`
-    "A ternary layer with its straight-through gradient, in C. `in_one_pass` says where it works."
+    "A ternary layer with its straight-through gradient, in C where `in_one_pass` says so; on tensorflow by operations."
+    if keras.backend.backend() == "tensorflow":
+        return by_operations(x, kernel, bias, gain, normalize, bits, each_output)
     run = {"torch": _torch_linear, "jax": _jax_linear}[keras.backend.backend()]
     kernel, bias, gain = (v if v is None else ops.convert_to_tensor(v) for v in (kernel, bias, gain))
     return run(to_float32(x), kernel, bias, gain, normalize, largest_integer(bits), each_output)
