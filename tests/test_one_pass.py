@@ -9,12 +9,13 @@ from keras import ops
 
 from keras_mml import pack
 from keras_mml.layers import DenseMML
+from keras_mml.layers.normalization import rms_normalize
 from keras_mml.native import kernels, training
 from keras_mml.native.training import by_operations, in_one_pass, ternary_linear
 from keras_mml.quantizers import absmean_ternary
 
 BACKEND = keras.backend.backend()
-pytestmark = pytest.mark.skipif(BACKEND == "tensorflow" or kernels.native() is None, reason="layers are what their operations say")
+pytestmark = pytest.mark.skipif(kernels.native() is None, reason="layers are what their operations say")
 
 
 def problem(rows, dim, units, gain, bias, seed=0):
@@ -34,6 +35,14 @@ def gradients(function, arrays, upstream, *arguments):
         outputs = function(*tensors, *arguments)
         found = torch.autograd.grad((outputs * torch.tensor(upstream)).sum(), [tensors[i] for i in there])
         return [outputs.detach().numpy(), *(g.numpy() for g in found)]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tensors = [None if array is None else tf.constant(array) for array in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch([tensors[i] for i in there])
+            outputs = function(*tensors, *arguments)
+        return [outputs.numpy(), *(g.numpy() for g in tape.gradient(outputs, [tensors[i] for i in there], tf.constant(upstream)))]
     import jax
 
     def loss(values):
@@ -130,6 +139,17 @@ def test_gradients_of_gradients():
             tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
             inner = torch.autograd.grad((function(*tensors, *arguments) * torch.tensor(upstream)).sum(), tensors[0], create_graph=True)[0]
             return [g.numpy() for g in torch.autograd.grad((inner**2).sum(), [tensors[1], tensors[3]])]
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            tensors = list(map(tf.constant, arrays))
+            with tf.GradientTape() as outer:
+                outer.watch(tensors)
+                with tf.GradientTape() as tape:
+                    tape.watch(tensors)
+                    outputs = function(*tensors, *arguments)
+                squared = tf.reduce_sum(tape.gradient(outputs, tensors[0], tf.constant(upstream)) ** 2)
+            return [g.numpy() for g in outer.gradient(squared, [tensors[1], tensors[3]])]
         import jax
 
         inner = jax.grad(lambda x, *rest: (function(x, *rest, *arguments) * upstream).sum())
@@ -148,6 +168,43 @@ def test_transformations_of_jax():
     close([jax.vmap(f, (0, None))(x[:, None], kernel)[:, 0]], [f(x, kernel)])
     close(jax.jvp(f, (x, kernel), (x, kernel)), jax.jvp(g, (x, kernel), (x, kernel)))
     close([jax.jacfwd(f, 1)(x[:1], kernel)], [jax.jacrev(f, 1)(x[:1], kernel)])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="transformations of tensorflow")
+def test_transformations_of_tensorflow(tmp_path):
+    import tensorflow as tf
+
+    layer = DenseMML(5, norm_gain=True)
+    x = tf.random.normal((3, 4, 8))
+    expected = layer(x)
+    signature = [tf.TensorSpec((None, 4, 8))]
+    graph = tf.function(layer, input_signature=signature)
+    assert graph.get_concrete_function().structured_outputs.shape.as_list() == [None, 4, 5]
+    assert "KerasMmlTernaryLinear" in {node.op for node in graph.get_concrete_function().graph.as_graph_def().node}
+    for function in (graph, tf.function(layer, input_signature=signature, jit_compile=True), lambda x: tf.vectorized_map(layer, x)):
+        np.testing.assert_allclose(function(x), expected, atol=1e-5)
+    with tf.GradientTape(persistent=True) as tape:  # of a function that saw no tape when it was traced
+        tape.watch(x)
+        outputs, plain = graph(x), layer(x)
+    np.testing.assert_allclose(tape.gradient(outputs, x), tape.gradient(plain, x), atol=1e-5)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        outputs = layer(x[:1])
+    assert np.isfinite(tape.jacobian(outputs, x)).all()
+    kernel = layer.kernel.value
+    with tf.autodiff.ForwardAccumulator([x, kernel], [x, tf.identity(kernel)]) as forwards:
+        outputs = layer(x)
+    assert np.isfinite(forwards.jvp(outputs)).all()
+    with tf.autodiff.ForwardAccumulator(kernel, tf.identity(kernel)) as forwards:
+        outputs = layer(x)
+    rounded = layer.activation_quantizer(rms_normalize(x, layer.gain))
+    np.testing.assert_allclose(forwards.jvp(outputs), tf.matmul(rounded, kernel), atol=1e-5)
+    module = tf.Module()
+    module.call, module.layer = graph, layer
+    tf.saved_model.save(module, tmp_path)  # traced anew, without the operators
+    assert b"KerasMml" not in (tmp_path / "saved_model.pb").read_bytes()
+    loaded = tf.saved_model.load(tmp_path)  # which owns the variables
+    np.testing.assert_allclose(loaded.call(x), expected, atol=1e-5)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="transformations of torch")

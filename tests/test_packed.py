@@ -99,7 +99,7 @@ def test_every_backend_has_taken_the_kernel_in_c(monkeypatch):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        operators._tensorflow_operator.cache_clear()  # as where the module is loaded again: tensorflow ends a process that registers twice
+        operators.tensorflow_operator.cache_clear()  # as where the module is loaded again: tensorflow ends a process that registers twice
         graph = tf.function(lambda x: packed_linear(x, *arguments[1:], 21))
         np.testing.assert_array_equal(array(graph(arguments[0])), expected)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORTERS', 'SCHEMAS', 'FUNCTIONS', 'TENSORFLOW_FUNCTIONS', 'callers', 'unpack_on_device', 'linear_on_device',
-           'library', 'torch_takes_c', 'refuse_gradient', 'torch_goes_forwards', 'packed_linear']
+           'library', 'torch_takes_c', 'tensorflow_operator', 'in_graph', 'tensorflow_nothing', 'tensorflow_elsewhere',
+           'tensorflow_on_cpu', 'refuse_gradient', 'torch_goes_forwards', 'packed_linear']
 
 # %% ../../nbs/native/operators.ipynb #f4cab010
 import ctypes
@@ -199,8 +200,8 @@ TENSORFLOW_FUNCTIONS = (
 )  # fmt: skip
 
 @functools.cache
-def _tensorflow_operator():
-    "A function of five tensors and three attributes, or `None` where tensorflow has not taken the kernel in C."
+def tensorflow_operator():
+    "A function that calls an operator in C, of which it gets name, number of outputs, inputs and attributes; `None` where there are none."
     if library() is None:
         return None
     import tensorflow as tf
@@ -215,11 +216,12 @@ def _tensorflow_operator():
     if library().keras_mml_register_tensorflow((ctypes.c_void_p * len(addresses))(*addresses)):
         return None
 
-    def call(x, packed, scale, bias, gain, **attributes):
-        if tf.is_symbolic_tensor(x):
-            return op_def_library.apply_op("KerasMmlLinear", x=x, packed=packed, scale=scale, bias=bias, gain=gain, **attributes)
+    def call(name, outputs, inputs, attributes):
+        if not tf.executing_eagerly():
+            return op_def_library.apply_op(name, **inputs, **attributes)
         named = tuple(part for pair in attributes.items() for part in pair)
-        return execute.execute(b"KerasMmlLinear", 1, [x, packed, scale, bias, gain], named, context.context())[0]
+        results = execute.execute(name.encode(), outputs, list(inputs.values()), named, context.context())
+        return results if outputs > 1 else results[0]
 
     return call
 
@@ -227,37 +229,53 @@ def _tensorflow_operator():
 def _tensorflow_linear(x, packed, scale, bias, gain, units, normalize, bits):
     import tensorflow as tf
     x, scale = to_float32(x), to_float32(scale)
-    if _tensorflow_elsewhere(tf, x):
+    if tensorflow_elsewhere():
         return linear_on_device(x, packed, scale, bias, gain, units, normalize, bits)
-    tensors = (x, tf.convert_to_tensor(packed), scale, *(_tensorflow_nothing() if v is None else to_float32(v) for v in (bias, gain)))
+    bias, gain = (tensorflow_nothing() if v is None else to_float32(v) for v in (bias, gain))
+    tensors = dict(x=x, packed=tf.convert_to_tensor(packed), scale=scale, bias=bias, gain=gain)
     attributes = dict(units=units, normalize=int(normalize), limit=largest_integer(bits))
-    run = _tensorflow_operator() or _tensorflow_through_numpy
-    outputs = run(*tensors, **attributes)
-    if not tf.is_symbolic_tensor(x):
-        return outputs
-    outputs.set_shape((*x.shape[:-1], units))
-    x.graph.mark_as_unsaveable(
-        "The graph calls the kernels of this process for packed layers. Let `model.export` or `tf.saved_model.save` trace the model anew, "
-        "or write it for ONNX Runtime with `keras_mml.export_onnx`."
-    )
-    return outputs
+    run = tensorflow_operator()
+    outputs = run("KerasMmlPackedLinear", 1, tensors, attributes) if run else _tensorflow_through_numpy(tensors, attributes)
+    return in_graph((outputs, (*x.shape[:-1], units)))[0]
+
+def in_graph(
+    *results,  # what an operator returns, tensors and their shapes
+):             # the tensors
+    "What tensorflow must know where operators in C are in a graph: the shapes, and that the graph cannot be saved."
+    import tensorflow as tf
+    tensors, shapes = zip(*results)
+    if not tf.executing_eagerly():
+        for tensor, shape in results:
+            tensor.set_shape(shape)
+        tensors[0].graph.mark_as_unsaveable(
+            "The graph calls the kernels of this process. Let `model.export` or `tf.saved_model.save` trace the model anew, or write it "
+            "for ONNX Runtime with `keras_mml.export_onnx`."
+        )
+    return tensors
 
 @functools.cache
-def _tensorflow_nothing():
+def tensorflow_nothing():
+    "An empty vector."
     import tensorflow as tf
     with tf.init_scope():  # of no graph
         return tf.zeros(0)
 
-def _tensorflow_through_numpy(*tensors, **attributes):
+def _tensorflow_through_numpy(tensors, attributes):
     import tensorflow as tf
     run = functools.partial(_linear_of_arrays, **attributes)
-    return tf.numpy_function(run, tensors, tf.float32, stateful=False)
+    return tf.numpy_function(run, tuple(tensors.values()), tf.float32, stateful=False)
 
-def _tensorflow_elsewhere(tf, x):
+def tensorflow_elsewhere():
     "Whether the product is to be taken without the library: on another device, by XLA, or in another process."
-    if tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"):
-        return True
-    return tf.is_symbolic_tensor(x) and (_compiled_by_xla(x.graph) or any(callers(*EXPORTERS)))
+    import tensorflow as tf
+    if tf.executing_eagerly():
+        return not tensorflow_on_cpu()
+    return not tensorflow_on_cpu() or _compiled_by_xla(tf.compat.v1.get_default_graph()) or any(callers(*EXPORTERS))
+
+def tensorflow_on_cpu():
+    "Whether this process has nothing but CPUs."
+    import tensorflow as tf
+    return not (tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
 
 def _compiled_by_xla(graph):
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext

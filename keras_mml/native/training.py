@@ -116,17 +116,72 @@ def _jax_linear(x, kernel, bias, gain, *settings):
 def _jax_can(x, learned):
     return all(isinstance(size, int) for size in x.shape) and not any(callers(*EXPORTERS))
 
+# %% ../../nbs/native/training.ipynb #e2c95b60
+def _tensorflow_linear(x, kernel, bias, gain, *settings):
+    import tensorflow as tf
+    from tensorflow.python.eager.record import could_possibly_record
+    keep = could_possibly_record()
+    tensors = x, *(operators.tensorflow_nothing() if v is None else tf.convert_to_tensor(v) for v in (kernel, bias, gain))
+
+    @tf.custom_gradient
+    def linear(*tensors):
+        outputs, *kept = _tensorflow_forward(*tensors, *settings, keep)
+
+        def backward(gradient):
+            if not keep or could_possibly_record():
+                return _tensorflow_gradients(tensors, settings, gradient)
+            return _tensorflow_backward(*tensors, *kept, settings[0], gradient)
+
+        return outputs, backward
+
+    return linear(*tensors)
+
+def _tensorflow_forward(x, kernel, bias, gain, normalize, limit, each_output, keep):
+    attributes = dict(normalize=int(normalize), limit=limit, each_output=int(each_output), keep=int(keep))
+    inputs = dict(x=x, kernel=kernel, bias=bias, gain=gain)
+    outputs, rounded, ternary = operators.tensorflow_operator()("KerasMmlTernaryLinear", 3, inputs, attributes)
+    (*rows, dim), units = x.shape, kernel.shape[1]
+    return operators.in_graph((outputs, (*rows, units)), (rounded, (*rows, keep * dim)), (ternary, (dim, keep * units)))
+
+def _tensorflow_backward(x, kernel, bias, gain, rounded, ternary, normalize, gradient):
+    import tensorflow as tf
+    rows = tf.reshape(gradient, (-1, gradient.shape[-1]))
+    dx, dgain = tf.reshape(tf.matmul(rows, ternary, transpose_b=True), tf.shape(x)), None
+    if normalize:
+        dx, dgain = operators.tensorflow_operator()("KerasMmlTernaryLinearBackward", 2, dict(gradient=dx, x=x, gain=gain), {})
+        dx, dgain = operators.in_graph((dx, x.shape), (dgain, gain.shape))
+    dkernel = tf.matmul(tf.reshape(rounded, (-1, kernel.shape[0])), rows, transpose_a=True)
+    return dx, dkernel, tf.reduce_sum(rows, 0) if bias.shape[0] else None, dgain
+
+def _tensorflow_gradients(tensors, settings, gradient):
+    "Gradients that have gradients."
+    import tensorflow as tf
+    normalize, limit, each_output = settings
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        x, kernel, bias, gain = (v if v.shape[0] != 0 or v is tensors[0] else None for v in tensors)
+        outputs = by_operations(x, kernel, bias, gain, normalize, limit.bit_length() + 1, each_output)
+    return tape.gradient(outputs, tensors, gradient)
+
+def _tensorflow_can(x, learned):
+    from tensorflow.python.eager.forwardprop_util import pack_tangents
+    if pack_tangents([x, *(getattr(v, "handle", v) for v in learned)]).tangents:  # it derives in forward mode
+        return False
+    return not operators.tensorflow_elsewhere() and operators.tensorflow_operator() is not None
+
 # %% ../../nbs/native/training.ipynb #df3186e0
 def _on_cpu(x):
     if keras.backend.backend() == "torch":
         return x.device.type == "cpu"
+    if keras.backend.backend() == "tensorflow":
+        return operators.tensorflow_on_cpu()
     import jax
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 def _suits(layer):
     "Whether the C library can do what a layer does."
     return (
-        keras.backend.backend() in ("torch", "jax") and layer.compute_dtype == "float32"
+        layer.compute_dtype == "float32"
         and type(layer.kernel_quantizer) is AbsmeanTernary and type(layer.activation_quantizer) is AbsmaxInt
         and len(layer.kernel_shape) == 2 and 0 < layer.kernel_shape[0] <= kernels.MOST_INPUTS and library() is not None
     )  # fmt: skip
@@ -138,7 +193,7 @@ def in_one_pass(
     "Whether the C library computes the forward pass of a layer that is not packed."
     if not (ops.is_tensor(x) and _suits(layer) and _on_cpu(x)):
         return False
-    can = _torch_can if keras.backend.backend() == "torch" else _jax_can
+    can = {"torch": _torch_can, "jax": _jax_can, "tensorflow": _tensorflow_can}[keras.backend.backend()]
     return can(x, [v.value for v in (layer.kernel, layer.bias, layer.gain) if v is not None])
 
 def by_operations(x, kernel, bias, gain, normalize, bits, each_output):
@@ -156,10 +211,8 @@ def ternary_linear(
     bits,          # width of the activations, 2 to 8
     each_output,   # whether each output has a scale of its own
 ):                 # a float32 tensor of shape `(..., units)`
-    "A ternary layer with its straight-through gradient, in C where `in_one_pass` says so; on tensorflow by operations."
-    if keras.backend.backend() == "tensorflow":
-        return by_operations(x, kernel, bias, gain, normalize, bits, each_output)
-    run = {"torch": _torch_linear, "jax": _jax_linear}[keras.backend.backend()]
+    "A ternary layer with its straight-through gradient, in C, for layers and inputs that `in_one_pass` lets through."
+    run = {"torch": _torch_linear, "jax": _jax_linear, "tensorflow": _tensorflow_linear}[keras.backend.backend()]
     kernel, bias, gain = (v if v is None else ops.convert_to_tensor(v) for v in (kernel, bias, gain))
     return run(to_float32(x), kernel, bias, gain, normalize, largest_integer(bits), each_output)
 
