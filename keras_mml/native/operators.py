@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPORTERS', 'SCHEMAS', 'FUNCTIONS', 'TENSORFLOW_FUNCTIONS', 'callers', 'unpack_on_device', 'linear_on_device',
            'library', 'torch_takes_c', 'tensorflow_operator', 'in_graph', 'tensorflow_nothing', 'tensorflow_elsewhere',
-           'tensorflow_on_cpu', 'refuse_gradient', 'torch_goes_forwards', 'packed_linear']
+           'tensorflow_on_cpu', 'refuse_gradient', 'torch_goes_forwards', 'packed_linear', 'PackedLinear']
 
 # %% ../../nbs/native/operators.ipynb #f4cab010
 import ctypes
@@ -288,6 +288,8 @@ def refuse_gradient(
     name=None,  # of the layer, for the error
 ):              # `function(x)`
     "Call a function that nothing goes back through: it is an error where a gradient for `x` is needed."
+    if isinstance(x, keras.KerasTensor):
+        return function(x)
     backend = keras.backend.backend()
     if backend == "torch" and torch_goes_forwards() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise _no_gradient(name)
@@ -381,12 +383,27 @@ def packed_linear(
     name=None,       # of the layer, for the error that a gradient is
 ):                   # a float32 tensor of shape `(..., units)`
     "`ternary_linear` for tensors of the current backend, on any device, eagerly or in a graph. Raises `ValueError` as that does."
+    if isinstance(x, keras.KerasTensor):
+        return PackedLinear(units, normalize, bits)(x, packed, scale, bias, gain)
     x, packed, scale, bias, gain = map(_tensor, (x, packed, scale, bias, gain))
     kernels.check_arguments(x, packed, scale, bias, gain, units, bits)
     run = _ON_BACKEND[keras.backend.backend()]
     return refuse_gradient(lambda x: run(x, packed, scale, bias, gain, units, normalize, bits), x, name)
 
 # %% ../../nbs/native/operators.ipynb #dc71b1c3
+class PackedLinear(keras.Operation):
+    "`packed_linear` of a symbolic tensor."
+
+    def __init__(self, units, normalize, bits, name=None):
+        super().__init__(name=name)
+        self.units, self.normalize, self.bits = units, normalize, bits
+
+    def call(self, x, packed, scale, bias, gain):
+        return packed_linear(x, packed, scale, bias, gain, self.units, self.normalize, self.bits)
+
+    def compute_output_spec(self, x, packed, scale, bias, gain):
+        return keras.KerasTensor((*x.shape[:-1], self.units), "float32")
+
 def _tensor(value):
     "The tensor of a variable or an array; tensors, and nothing, as they are."
     if value is None or ops.is_tensor(value):
