@@ -65,7 +65,9 @@ def test_the_family_latent_and_packed(case):
         assert "PackedLinear" in str(graph) or "Conv" in str(graph)
 
 
-EXCEPTIONS = {}  # kinds of models that cannot be traced or evaluated, with the reason
+EXCEPTIONS = {}  # kinds of models that cannot be traced, or are evaluated to something else, with the reason
+if BACKEND == "torch" and keras.__version__ < "3.15":
+    EXCEPTIONS["autoencoder"] = "Before 3.15, Keras shifts transposed convolutions on torch, and on torch alone."
 
 
 def test_kinds_of_models():
@@ -107,6 +109,10 @@ def test_masks_reach_what_needs_them():
     layer = L.LSTM(3, zero_output_for_mask=True, return_sequences=True, go_backwards=True)
     model = keras.Sequential([keras.Input((5,), dtype="int32"), L.Embedding(9, 4, mask_zero=True), layer])
     np.testing.assert_allclose(evaluate(trace(model), x), predicted(model, x), atol=1e-6)
+    steps = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    steps[0, 2:] = 9
+    model = keras.Sequential([keras.Input((4, 3)), L.Masking(9), L.GRU(2, return_sequences=True), L.GlobalAveragePooling1D()])
+    np.testing.assert_allclose(evaluate(trace(model), steps), predicted(model, steps), atol=1e-6)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -151,9 +157,10 @@ def test_layers_that_hang_nowhere():
     x = np.ones((2, 3), "float32")
     layer = Held()
     expected = predicted(layer, x)
-    nodes = len(hidden._inbound_nodes), len(Box.layer._inbound_nodes)
+    count = lambda: [len(getattr(held, name)) for held in (hidden, Box.layer) for name in tracing.NODES]
+    nodes = count()
     np.testing.assert_allclose(evaluate(trace(layer, x), x), expected, atol=1e-6)
-    assert nodes == (len(hidden._inbound_nodes), len(Box.layer._inbound_nodes))
+    assert nodes == count()
 
 
 def test_threads_do_not_notice_each_other():
@@ -209,18 +216,120 @@ class Powers(L.Layer):
         return x * ops.power(2.0, ops.arange(ops.shape(x)[1], dtype="float32"))[None]
 
 
+class Counter(L.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = self.add_weight(name="calls", shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x
+
+
+class Chooser(L.Layer):
+    def call(self, x):
+        y = 2 * x
+        return ops.cond(ops.sum(x) > 0, lambda: y, lambda: x) + 1
+
+
+class Maker(L.Layer):
+    def call(self, x):
+        self.made = L.Dense(2)
+        return self.made(x)
+
+
+class Threshold(L.Layer):
+    def call(self, x):
+        return x / (1.0 + float(ops.shape(x)[0] == 1))
+
+
 @pytest.mark.parametrize(
     "layer, shape, message",
     [
         (Outer(OnData(name="on_data"), name="outer"), (None, 3), r"Layer 'outer/on_data' cannot be traced, test_graph.py, line \d+: `if "),
-        (Noise(name="noise"), (None, 3), "no function of its inputs: it assigns .*seed_generator.* random numbers"),
+        (Noise(name="noise"), (None, 3), "no function of its inputs: it assigns .*seed_generator.*random numbers"),
         (Outer(Powers(name="powers"), name="outer"), (None, None), "Layer 'outer/powers' needs numbers that depend on the sizes"),
-        (L.Hashing(5, name="hash"), (None, 3), "Layer 'hash' cannot be traced"),
+        (Counter(name="counter"), (None, 3), "no function of its inputs: it assigns counter/calls"),
+        (Chooser(name="chooser"), (None, 3), "Layer 'chooser' cannot be traced.*Cond"),
+        (L.LSTM(3, stateful=True, name="lstm"), (2, 4, 3), "Layer 'lstm' cannot be traced.*keeps its state from one call to the next"),
+        (Outer(Maker(name="maker"), name="outer"), (None, 3), "Layer 'outer/maker' cannot be traced.*makes a layer while it is called"),
+        (Threshold(name="threshold"), (None, 3), "Layer 'threshold' needs numbers|in a way that a graph cannot hold"),
     ],
 )
 def test_what_cannot_be_traced_is_named(layer, shape, message):
+    if layer.name == "lstm":
+        layer.build(shape)
     with pytest.raises(ValueError, match=message):
         trace(layer, keras.KerasTensor(shape))
+
+
+class Standardized(L.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - ops.mean(kernel, (0, 1, 2), keepdims=True))
+
+
+class Doubled(L.Softmax):
+    def call(self, inputs, mask=None):
+        return 2 * super().call(inputs, mask)
+
+
+class InTraining(L.Layer):
+    def call(self, x, training=True):
+        return 2 * x if training else x
+
+
+class Dictionaries(L.Layer):
+    def call(self, x):
+        step = lambda carry, v: ({"b": carry["b"] * 0.5, "a": carry["a"] + v}, v)
+        return ops.scan(step, {"a": 0 * x[0], "b": 0 * x[0] + 1}, x)[0]
+
+
+class Losing(L.Layer):
+    def call(self, x):
+        self.add_loss(ops.sum(x))
+        return x
+
+
+class Whole(L.Layer):
+    def call(self, x):
+        whole = ops.cast(x * 30, "int8")
+        return ops.matmul(whole, ops.transpose(whole)), ops.exp(ops.cast(whole, "int32") // 4), ops.normalize(x * 1e-14, axis=(0, 1))
+
+
+class Shapes(L.Layer):
+    def call(self, x):
+        zeros = x - x
+        return ops.ones((1, 4)) + zeros, ops.max(x, 1, initial=5.0), ops.cumsum(x, 1, dtype="int32")
+
+
+ONCE_WRONG = [lambda: Standardized(2, 3), Doubled, lambda: Outer(InTraining()), Dictionaries, Losing, Whole, Shapes]
+
+
+@pytest.mark.parametrize("make", ONCE_WRONG, ids=["standardized", "doubled", "in training", "dictionaries", "losing", "whole", "shapes"])
+def test_what_once_went_wrong(make):
+    "A user's own method where there is a twin, an argument taken from the context, keys in another order, whole numbers, shapes."
+    if make is Dictionaries and BACKEND == "tensorflow":
+        pytest.skip("Keras' own scan fails on tensorflow")
+    layer = make()
+    shape = (2, 5, 5, 3) if isinstance(layer, L.Conv2D) else (3, 4)
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    expected = predicted(layer, x)
+    for a, b in zip(tree.flatten(evaluate(trace(layer, x), x)), tree.flatten(expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_constants_with_infinities():
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+    model.layers[0].bias.assign([-np.inf, 1])
+    np.testing.assert_allclose(evaluate(trace(model), np.ones((2, 3))), predicted(model, np.ones((2, 3), "float32")), rtol=1e-6)
+
+
+def test_names_are_given_as_if_nothing_was_traced():
+    keras.backend.clear_session()
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2), L.ReLU()])
+    trace(model)
+    assert L.Add().name == "add" and L.ReLU().name == "re_lu_1"
 
 
 def test_sizes_that_are_no_sum_of_products():

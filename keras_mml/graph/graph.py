@@ -26,11 +26,11 @@ def map_structure(
     structure,  # lists, tuples, dictionaries and slices, one in the other
     *others,    # more structures of the same form
 ):              # a structure of what the function returned
-    "Apply a function to the leaves of structures. Raises `ValueError` where their forms differ."
+    "Apply a function to the leaves of structures; dictionaries are sorted. Raises `ValueError` where their forms differ."
     if any(type(other) is not type(structure) for other in others) and isinstance(structure, (dict, list, tuple, slice)):
         raise ValueError(f"Structures differ: {structure!r} and {others!r}")
     if isinstance(structure, dict):
-        return {key: map_structure(function, value, *(other[key] for other in others)) for key, value in structure.items()}
+        return {key: map_structure(function, structure[key], *(other[key] for other in others)) for key in sorted(structure)}
     if isinstance(structure, (list, tuple)):
         return type(structure)([map_structure(function, *values) for values in zip(structure, *others, strict=True)])
     if isinstance(structure, slice):
@@ -137,7 +137,7 @@ def _typed(graph, structure):
 
 def _lines(whole, graph, indent=""):
     for node in graph.nodes:
-        said = {k: v for k, v in node.arguments.items() if v is not None and k != "body"}
+        said = {k: node.arguments[k] for k in sorted(node.arguments) if node.arguments[k] is not None and k != "body"}
         arguments = ", ".join(f"{name}={_short(whole, value)}" for name, value in said.items())
         yield f"{indent}{_typed(whole, node.outputs)} = {node.operation}({arguments}){f'  # {node.layer}' if node.layer else ''}"
         if "body" in node.arguments:

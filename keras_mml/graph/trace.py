@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['NODES', 'signature', 'NOTHING', 'SHARED', 'OPERATORS', 'TWINS', 'WITH_FUNCTIONS', 'TRACES', 'ABSENT', 'TRIED',
-           'history_of', 'updates_of', 'is_functional', 'arguments_of', 'Untraceable', 'Trace', 'collect', 'add_node',
-           'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin', 'add_scan', 'RecurrentTwin',
-           'BidirectionalTwin', 'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv', 'ConvolutionTwin',
-           'ConvolutionMMLTwin', 'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
+           'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'Trace',
+           'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin', 'MaskingTwin',
+           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'BidirectionalTwin', 'CategoryEncodingTwin',
+           'DiscretizationTwin', 'Conv', 'ConvolutionTwin', 'ConvolutionMMLTwin', 'add_associative_scan',
+           'WhileTracing', 'trace_once', 'trace']
 
-# %% ../../nbs/graph/trace.ipynb #29b3af16
+# %% ../../nbs/graph/trace.ipynb #6dfcd667
+import collections
 import contextvars
 import functools
 import inspect
@@ -25,7 +27,8 @@ from keras import ops, tree
 from .graph import Graph, Node, Ref, Size, leaves, map_structure, prune, size_of, used
 from ..layers.convolution import FullConvolutionMML
 
-# %% ../../nbs/graph/trace.ipynb #d8db7f1c
+# %% ../../nbs/graph/trace.ipynb #2618d967
+from keras.src.backend.common import global_state
 from keras.src.ops.nn import Conv as KerasConv
 from keras.src.utils.backend_utils import DynamicBackend
 
@@ -42,12 +45,16 @@ def updates_of(scope):
     "The values that variables were assigned inside a `keras.StatelessScope`."
     return scope.state_mapping
 
+def names_given():
+    "How often Keras has given each name in this thread, as in `dense_2`: a dictionary that counts on."
+    return global_state.get_global_attribute("object_name_uids", collections.defaultdict(int), set_to_default=True)
+
 def is_functional(operation):
     "Whether an operation is a graph of others, which `_run_through_graph` calls in turn."
     return hasattr(operation, "_run_through_graph")
 
-# %% ../../nbs/graph/trace.ipynb #4a254eba
-signature = functools.cache(inspect.signature)
+# %% ../../nbs/graph/trace.ipynb #685fe6a5
+signature = functools.lru_cache(1000)(inspect.signature)
 
 def arguments_of(operation, node):
     "All arguments of one call of an operation, by name."
@@ -71,6 +78,7 @@ class Trace:
     def __init__(self):
         self.graph, self.path, self.failure = Graph(), [], None
         self.refs, self.twins, self.alive = {}, {}, []  # by identity, so what they belong to is kept alive
+        self.classes = {}
 
     def number(self, thing, shape, dtype):
         "A new value in the graph."
@@ -122,19 +130,27 @@ def collect(
     waiting = [t for t in tree.flatten(tensors) if isinstance(t, keras.KerasTensor)]
     while waiting:
         if id(waiting[-1]) in trace.refs:
-            waiting.pop()
+            _not_chosen(waiting.pop())
             continue
         history = history_of(waiting[-1])
         if history is None:
             raise Untraceable("a symbolic tensor comes from outside of the model")
         operation, node = history
         unknown = [t for t in node.arguments.keras_tensors if id(t) not in trace.refs]
+        for tensor in node.arguments.keras_tensors:
+            _not_chosen(tensor)
         if unknown:
             waiting += unknown
         else:
             add_node(trace, operation, node)
 
 Trace.collect = collect
+
+def _not_chosen(tensor):
+    "Raise where Keras says that a tensor is what a `cond` gives: it took the first branch, which it had to describe."
+    name = type(getattr(getattr(tensor, "_keras_history", None), "operation", None)).__name__
+    if name in ("Cond", "Switch", "WhileLoop", "ForiLoop", "Map", "VectorizedMap"):
+        raise Untraceable(f"{name} chooses or repeats by what it computes, which a graph cannot")
 
 def add_node(trace, operation, node):
     "Add what an operation did in one symbolic call."
@@ -174,6 +190,17 @@ class Twin:
             trace.path.pop()
         return _tensors(self._results[-1])
 
+    def __setattr__(self, name, value):
+        if isinstance(value, keras.layers.Layer) and name not in self.__dict__:
+            raise Untraceable("it makes a layer while it is called")
+        object.__setattr__(self, name, value)
+
+    def add_weight(self, *args, **kwargs):
+        raise Untraceable("it has no weights yet. Call the model once before it is traced")
+
+    def add_loss(self, loss):
+        "There is none in a graph."
+
     def __call__(self, *args, **kwargs):
         before = len(self._results)
         outputs = super().__call__(*args, **kwargs)
@@ -201,12 +228,17 @@ class FunctionalTwin:
     def _run_through_graph(self, inputs, operation_fn=lambda operation: operation, **options):
         return super()._run_through_graph(inputs, operation_fn=lambda operation: operation_fn(twin_of(self._trace, operation)), **options)
 
-@functools.cache
-def _twin_class(cls):
-    parts = [mixin for base, mixin in TWINS.items() if issubclass(cls, base)]
-    if is_functional(cls):
-        parts.append(FunctionalTwin)
-    return type(cls.__name__, (Twin, *parts, cls), {"__module__": cls.__module__})
+def _twin_class(trace, cls):
+    if cls not in trace.classes:
+        parts = [mixin for base, mixin in TWINS.items() if issubclass(cls, base) and not _overridden(cls, mixin)]
+        parts += [FunctionalTwin] if is_functional(cls) else []
+        trace.classes[cls] = type(cls.__name__, (Twin, *parts, cls), {"__module__": cls.__module__})
+    return trace.classes[cls]
+
+def _overridden(cls, mixin):
+    "Whether somebody's own class says itself what a twin would say: then it is right, or fails."
+    own = [c for c in cls.__mro__ if not c.__module__.startswith(("keras.", "keras_mml."))]
+    return any(name in vars(c) for c in own for name in vars(mixin) if callable(getattr(mixin, name)) and c is not object)
 
 def twin_of(
     trace,      # a `Trace`
@@ -218,7 +250,7 @@ def twin_of(
     if id(operation) in trace.twins:
         return trace.twins[id(operation)]
     has_layers = isinstance(operation, keras.layers.Layer) or is_functional(operation)
-    twin = object.__new__(_twin_class(type(operation)) if has_layers else type(operation))
+    twin = object.__new__(_twin_class(trace, type(operation)) if has_layers else type(operation))
     trace.twins[id(operation)] = twin
     trace.alive.append(operation)
     twin.__dict__.update(operation.__dict__, **{name: [] for name in NODES})
@@ -258,6 +290,8 @@ def _with_twins(trace, value):
         return types.MethodType(value.__func__, twin_of(trace, value.__self__))
     if isinstance(value, dict):
         return {key: _with_twins(trace, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_with_twins(trace, item) for item in value))
     if isinstance(value, list) or type(value) is tuple:
         return (list if isinstance(value, list) else tuple)(_with_twins(trace, item) for item in value)
     return set(value) if isinstance(value, set) else value
@@ -271,14 +305,33 @@ class Operations:
     def __getattr__(self, name):
         return getattr(ops, name, None) or self
 
-# %% ../../nbs/graph/trace.ipynb #8c25c4b1
+# %% ../../nbs/graph/trace.ipynb #a47a7720
 class SoftmaxTwin:
+    "With operations, also where there is a mask."
+
     def call(self, inputs, mask=None):
         if mask is None:
             return super().call(inputs)
         mask = mask if mask.dtype == "bool" else ops.greater(mask, 0.5)
         outputs = super().call(ops.where(mask, inputs, -3e4 if inputs.dtype == "float16" else -1e9))
         return ops.where(mask, outputs, 0.0)
+
+# %% ../../nbs/graph/trace.ipynb #849d4ad5
+class MaskingTwin:
+    "With operations."
+
+    def call(self, inputs):
+        return ops.where(ops.expand_dims(self.compute_mask(inputs), -1), inputs, 0)
+
+class AveragingTwin:
+    "With operations, also where there is a mask."
+
+    def call(self, inputs, mask=None):
+        if mask is None:
+            return super().call(inputs)
+        steps = 1 if self.data_format == "channels_last" else 2
+        kept = ops.expand_dims(ops.cast(mask, inputs.dtype), 3 - steps)
+        return ops.sum(inputs * kept, steps, keepdims=self.keepdims) / ops.sum(kept, steps, keepdims=self.keepdims)
 
 # %% ../../nbs/graph/trace.ipynb #40b23dea
 def add_scan(trace, f, init, xs=None, length=None, reverse=False, **_):
@@ -302,12 +355,16 @@ def add_scan(trace, f, init, xs=None, length=None, reverse=False, **_):
     trace.graph.nodes.append(Node("Scan", {"body": body, **arguments}, numbered, "/".join(trace.path)))
     return outputs
 
-# %% ../../nbs/graph/trace.ipynb #259bcd40
+# %% ../../nbs/graph/trace.ipynb #9ece9bbc
 class RecurrentTwin:
+    "A loop that is a `Scan`."
+
     def call(self, sequences, initial_state=None, mask=None, training=False):
         swap = lambda v: ops.transpose(v, (1, 0, *range(2, len(v.shape))))
+        if self.stateful:
+            raise Untraceable("it keeps its state from one call to the next")
         if initial_state is None:
-            initial_state = self.states if self.stateful else self.get_initial_state(batch_size=sequences.shape[0])
+            initial_state = self.get_initial_state(batch_size=sequences.shape[0])
         states = list(initial_state) if tree.is_nested(initial_state) else [initial_state]
         states = tree.map_structure(lambda v: ops.cast(v, self.cell.compute_dtype), states)
         steps, masks = swap(sequences), _step_masks(mask, swap)
@@ -340,7 +397,9 @@ def _masked_step(cell, zero, carry, x):
         new = tree.map_structure(lambda a, b: ops.where(spread(a), a, b), new, states)
     return (new, output), output
 
-class BidirectionalTwin:  # two loops, where some backends have one
+class BidirectionalTwin:
+    "Two loops, where some backends have one."
+
     def _can_attempt_fused_lstm(self, *args):
         return False
 
@@ -360,10 +419,14 @@ def _categories(layer, indices, depth, count_weights=None):
     return ops.sum(each if count_weights is None else each * ops.expand_dims(count_weights, -1), axis)
 
 class CategoryEncodingTwin:
+    "With operations."
+
     def call(self, inputs, count_weights=None):
         return _categories(self, inputs, self.num_tokens, count_weights)
 
 class DiscretizationTwin:
+    "With operations."
+
     def call(self, inputs):
         boundaries = np.asarray(self.bin_boundaries, "float32")
         above = ops.greater_equal(ops.expand_dims(ops.cast(inputs, "float32"), -1), boundaries)
@@ -380,10 +443,14 @@ class Conv(KerasConv):
         return super().compute_output_spec(keras.KerasTensor(shape, inputs.dtype), kernel)
 
 class ConvolutionTwin:
+    "With the right shapes."
+
     def convolution_op(self, inputs, kernel):
         return Conv(list(self.strides), self.padding, self.data_format, list(self.dilation_rate))(inputs, kernel)
 
 class ConvolutionMMLTwin:
+    "With the right shapes."
+
     def convolve(self, x, kernel, strides, padding, dilation_rate):
         return Conv(list(strides), padding, "channels_last", dilation_rate)(x, kernel)
 
@@ -391,6 +458,8 @@ TWINS = {
     keras.layers.RNN: RecurrentTwin,
     keras.layers.Bidirectional: BidirectionalTwin,
     keras.layers.Softmax: SoftmaxTwin,
+    keras.layers.Masking: MaskingTwin,
+    keras.layers.GlobalAveragePooling1D: AveragingTwin,
     keras.layers.CategoryEncoding: CategoryEncodingTwin,
     keras.layers.Discretization: DiscretizationTwin,
     keras.layers.Conv1D: ConvolutionTwin,
@@ -435,8 +504,8 @@ class WhileTracing:
         return value.__get__(instance, owner) if hasattr(value, "__get__") else value
 
 def _get_item(tensor, key, usual=keras.KerasTensor.__getitem__):
-    if isinstance(key, (keras.KerasTensor, keras.Variable)) or ops.is_tensor(key):
-        return ops.take(tensor, key, axis=0)
+    if isinstance(key, (keras.KerasTensor, keras.Variable, list, np.ndarray)) or ops.is_tensor(key):
+        return ops.take(tensor, np.asarray(key) if isinstance(key, list) else key, axis=0)
     return usual(tensor, key if isinstance(key, (int, tuple, list)) else (key,))
 
 for _name, _other in {
@@ -450,36 +519,53 @@ for _name, _other in {
 # %% ../../nbs/graph/trace.ipynb #60dfc14b
 def trace_once(model, inputs):
     "The graph of a model for a structure of inputs, each a pair of a shape without `None` and a dtype."
-    trace, token = Trace(), TRACES.set(True)
+    trace, token, names = Trace(), TRACES.set(True), dict(names_given())
     with keras.StatelessScope(collect_losses=True) as scope:
         tensors = map_structure(lambda spec: trace.input(spec.shape, spec.dtype), inputs)
         trace.graph.inputs = trace.structure(tensors)
         try:
-            options = {"training": False} if "training" in signature(type(model).call).parameters else {}
+            options = {"training": False} if isinstance(model, keras.layers.Layer) else {}
             trace.graph.outputs = trace.structure(twin_of(trace, model)(tensors, **options))
         except Exception as error:
             raise Untraceable(trace.failure or str(error)) from error
         finally:
             TRACES.reset(token)
-    changed = [v.path for v in model.variables if id(v) in updates_of(scope)] or list(updates_of(scope))[:1]
-    if updates_of(scope):
-        raise Untraceable(f"The model is no function of its inputs: it assigns {changed[0]}, as layers do that draw random numbers.")
+            names_given().clear()
+            names_given().update(names)
+            _forget(trace)
+    twins = [twin for twin in trace.twins.values() if isinstance(twin, keras.Variable)]
+    paths = {id(variable): variable.path for variable in (*twins, *getattr(model, "variables", ()))}
+    for changed in updates_of(scope):
+        path = paths.get(changed, "a variable")
+        raise Untraceable(f"The model is no function of its inputs: it assigns {path}, as layers do that count, or draw random numbers.")
     return prune(_without_gradients(trace.graph))
+
+def _forget(trace):
+    "Take the nodes of this trace from layers that were called before they had a twin."
+    for operation in trace.alive:
+        for name in NODES:
+            nodes = getattr(operation, name, None)
+            if nodes and id(operation) in trace.twins:
+                nodes[:] = [n for n in nodes if not any(id(t) in trace.refs for t in n.arguments.keras_tensors)]
 
 def _without_gradients(graph):
     "Without `x - x`, which a straight-through gradient leaves behind."
     zeros = {n.outputs[0] for n in graph.nodes if n.operation == "Subtract" and n.arguments["x1"] == n.arguments["x2"]}
-    same = {n.outputs[0]: n.arguments["x1"] for n in graph.nodes if n.operation == "Add" and n.arguments["x2"] in zeros}
+    same = {n.outputs[0]: n.arguments["x1"] for n in graph.nodes if _adds_zero(graph, n, zeros)}
     rename = lambda leaf: same.get(leaf, leaf) if isinstance(leaf, Ref) else leaf
     for node in graph.nodes:
         node.arguments = map_structure(rename, node.arguments)
     graph.outputs = map_structure(rename, graph.outputs)
     return graph
+def _adds_zero(graph, node, zeros):
+    if node.operation != "Add" or node.arguments["x2"] not in zeros or not isinstance(node.arguments["x1"], Ref):
+        return False
+    return graph.specs[node.arguments["x1"].index] == graph.specs[node.outputs[0].index]
 
 # %% ../../nbs/graph/trace.ipynb #d45c8fca
 TRIED = [  # of each size two to learn from, a third to check; short lengths for models that take no longer ones
-    {"batch": (2, 3, 5), "length": (12, 13, 19)},
-    {"batch": (2, 3, 5), "length": (4, 5, 7)},
+    {"batch": (2, 3, 1), "length": (12, 13, 19)},
+    {"batch": (2, 3, 1), "length": (4, 5, 7)},
 ]
 
 def trace(
@@ -506,7 +592,8 @@ def trace(
 def _trace_open(model, specs, tried):
     at = lambda chosen: trace_once(model, _fixed(specs, {name: tried[name][i] for name, i in zip(tried, chosen)}))
     graph = _joined({chosen: at(chosen) for chosen in itertools.product((0, 1), repeat=len(tried))}, tried)
-    if str(_filled(graph, {name: values[2] for name, values in tried.items()})) != str(at((2,) * len(tried))):
+    third, expected = at((2,) * len(tried)), _filled(graph, {name: values[2] for name, values in tried.items()})
+    if str(third) != str(expected) or not all(_fills(expected.constants[i], array) for i, array in third.constants.items()):
         sizes = " and ".join(tried)
         raise Untraceable(f"The model depends on its {sizes} in a way that a graph cannot hold. Trace it with inputs of a fixed size.")
     return graph
@@ -564,6 +651,13 @@ def _joined(corners, values):
     whole.names = names
     return whole
 
+def _fills(array, other):
+    "Whether one array is the other, or repeated, becomes it."
+    try:
+        return np.array_equal(np.broadcast_to(array, other.shape), other, equal_nan=other.dtype.kind in "fc")
+    except ValueError:
+        return False
+
 def _user_of(graph, index):
     "The layer of the first node that needs a value."
     return next((node.layer for node in graph.nodes if Ref(index) in used(node)), "")
@@ -573,7 +667,7 @@ def _constant(layer, first, *others):
     for other in others:
         axes = [slice(0, 1) if a != b else slice(None) for a, b in zip(first.shape, other.shape)]
         kept = first[tuple(axes)]
-        if not (np.array_equal(kept + 0 * first, first, equal_nan=True) and np.array_equal(kept + 0 * other, other, equal_nan=True)):
+        if not (_fills(kept, first) and _fills(kept, other)):
             raise Untraceable(
                 f"Layer '{layer}' needs numbers that depend on the sizes of the inputs, as positions do, or are not the same each time. "
                 f"Received: an array of shape {first.shape}. Trace the model with inputs of a fixed size."
