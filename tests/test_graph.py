@@ -238,6 +238,11 @@ class Maker(L.Layer):
         return self.made(x)
 
 
+class Masked(L.Layer):
+    def call(self, x):
+        return x[np.array([True, False])]
+
+
 class Threshold(L.Layer):
     def call(self, x):
         return x / (1.0 + float(ops.shape(x)[0] == 1))
@@ -252,6 +257,7 @@ class Threshold(L.Layer):
         (Counter(name="counter"), (None, 3), "no function of its inputs: it assigns counter/calls"),
         (Chooser(name="chooser"), (None, 3), "Layer 'chooser' cannot be traced.*Cond"),
         (L.LSTM(3, stateful=True, name="lstm"), (2, 4, 3), "Layer 'lstm' cannot be traced.*keeps its state from one call to the next"),
+        (Masked(name="masked"), (2, 3), "Layer 'masked' cannot be traced.*depends on the data"),
         (Outer(Maker(name="maker"), name="outer"), (None, 3), "Layer 'outer/maker' cannot be traced.*makes a layer while it is called"),
         (Threshold(name="threshold"), (None, 3), "Layer 'threshold' needs numbers|in a way that a graph cannot hold"),
     ],
@@ -344,6 +350,18 @@ def test_models_without_inputs_ask_for_them():
         trace(kinds.Selection(name="selection"))
 
 
+def test_fractions_that_keras_takes_for_whole_numbers():
+    class Clipping(L.Layer):
+        def call(self, x):
+            return ops.clip(x, 0.5, 2.5)
+
+    x = np.ones((1, 3), "float32")
+    graph = trace(Clipping(name="clipping"), x)
+    graph.specs[graph.outputs.index] = (1, 3), "int32"  # as Keras 3.15 says of integers
+    with pytest.raises(ValueError, match="Layer 'clipping' computes fractions by Clip of whole numbers"):
+        evaluate(graph, x)
+
+
 def test_primitives_that_are_missing_are_named():
     layer = Outer(L.Dense(2, name="inner"), name="outer")
     layer(np.ones((1, 3)))
@@ -387,7 +405,10 @@ def test_names_that_keras_does_not_promise():
     with keras.StatelessScope() as scope:
         variable.assign(2.0)
     assert list(tracing.updates_of(scope)) == [id(variable)]
+    assert callable(L.Layer.symbolic_call) and callable(L.Dense.quantized_call)
+    assert dict(tracing.names_given()).get("relu", 0) > 0
     model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+    assert callable(model._functional._run_through_graph) and set(tracing.SHARED) - {"_parameters"} <= set(vars(model.layers[0]))
     assert tracing.is_functional(model._functional) and not tracing.is_functional(model.layers[0])
     assert isinstance(L.Normalization().backend, tracing.DynamicBackend)
     assert issubclass(tracing.Conv, tracing.KerasConv) and callable(L.Conv2D(2, 3).convolution_op)

@@ -44,15 +44,15 @@ _register(**{name: lambda x, function=function: function(x) for name, function i
 _register(
     Cast=lambda x, dtype: _cast(x, dtype),
     Clip=lambda x, x_min, x_max: np.clip(x, x_min, x_max),
-    ConvertToTensor=lambda x, **_: x,
+    ConvertToTensor=lambda x, dtype=None, **_: x if dtype is None else _cast(x, dtype),
     Copy=lambda x: x,
     FullLike=lambda x, fill_value, dtype=None: np.full_like(x, fill_value, _numpy_dtype(dtype or x.dtype.name)),
     Identity=lambda x: x,
-    OnesLike=lambda x, **_: np.ones_like(x),
-    Round=lambda x, decimals=0: np.round(x, decimals),
+    OnesLike=lambda x, dtype=None, **_: np.ones_like(x, None if dtype is None else _numpy_dtype(dtype)),
+    Round=lambda x, decimals: np.round(x, decimals),
     StopGradient=lambda variable: variable,
     Where=lambda condition, x1, x2: np.where(condition, x1, x2),
-    ZerosLike=lambda x, **_: np.zeros_like(x),
+    ZerosLike=lambda x, dtype=None, **_: np.zeros_like(x, None if dtype is None else _numpy_dtype(dtype)),
 )
 
 def _cast(x, dtype):
@@ -151,17 +151,17 @@ def _log_softmax(x, axis=-1):
     return shifted - np.log(np.sum(np.exp(shifted), axis=_axis(axis), keepdims=True))
 
 @primitive
-def _gelu(x, approximate=True):
+def _gelu(x, approximate):
     if approximate:
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * x * (1 + np.asarray(_erf(x / math.sqrt(2)), x.dtype))
 
 @primitive
-def _elu(x, alpha=1.0):
+def _elu(x, alpha):
     return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
 
 @primitive
-def _re_lu(x, negative_slope=0.0, max_value=None, threshold=0.0):
+def _re_lu(x, negative_slope, max_value, threshold):
     above = np.minimum(x, np.inf if max_value is None else max_value)
     return np.where(x >= threshold, above, negative_slope * (x - threshold))
 
@@ -169,12 +169,12 @@ _register(
     Relu=lambda x: np.maximum(x, 0),
     Relu6=lambda x: np.clip(x, 0, 6),
     ReLU=PRIMITIVES.pop("ReLu"),
-    Celu=lambda x, alpha=1.0: np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(x / alpha)),
+    Celu=lambda x, alpha: np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(x / alpha)),
     Erf=lambda x: np.asarray(_erf(x), x.dtype),
     HardSigmoid=lambda x: np.clip(x / 6 + 0.5, 0, 1),
     HardSilu=lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
     HardTanh=lambda x: np.clip(x, -1, 1),
-    LeakyRelu=lambda x, negative_slope=0.2: np.where(x < 0, negative_slope * x, x),
+    LeakyRelu=lambda x, negative_slope: np.where(x < 0, negative_slope * x, x),
     LogSigmoid=lambda x: -np.logaddexp(-x, 0),
     Selu=lambda x: 1.0507009873554805 * _elu(x, 1.6732632423543772),
     Sigmoid=_sigmoid,
@@ -186,23 +186,23 @@ _register(
     Threshold=lambda x, threshold, default_value: np.where(x > threshold, x, default_value),
 )
 
-# %% ../../nbs/graph/evaluate.ipynb #f6e822fd
+# %% ../../nbs/graph/evaluate.ipynb #0e640fe8
 @primitive
-def _layer_norm(x, gamma=None, beta=None, axis=-1, epsilon=1e-3, rms_scaling=False):
+def _layer_norm(x, gamma, beta, axis, epsilon, rms_scaling):
     if rms_scaling:
         raise ValueError("the runtime does not know `rms_scaling`")
     y = (x - x.mean(_axis(axis), keepdims=True)) / np.sqrt(x.var(_axis(axis), keepdims=True) + epsilon)
     y = y if gamma is None else y * gamma
     return y if beta is None else y + beta
 
-def _rms_norm(x, scale=None, axis=-1, epsilon=1e-6):
+def _rms_norm(x, scale, axis, epsilon):
     y = x * (1 / np.sqrt(np.mean(np.square(x), axis=_axis(axis), keepdims=True) + np.asarray(epsilon, x.dtype)))
     return y if scale is None else y * scale
 
 _register(RMSNorm=_rms_norm)
 
 @primitive
-def _batch_norm(x, mean, variance, axis, offset=None, scale=None, epsilon=1e-3):
+def _batch_norm(x, mean, variance, axis, offset, scale, epsilon):
     shape = [1] * x.ndim
     shape[axis] = -1
     factor = (1 if scale is None else scale) / np.sqrt(variance + epsilon)
@@ -213,7 +213,7 @@ def _moments(x, axes, keepdims=False, synchronized=False):
     return x.mean(_axis(axes), keepdims=keepdims), x.var(_axis(axes), keepdims=keepdims)
 
 @primitive
-def _normalize(x, axis=-1, order=2, epsilon=None):
+def _normalize(x, axis, order, epsilon):
     smallest = 1e-7 if epsilon is None else epsilon  # as `keras.config.epsilon()` is
     if order == 2:
         return x * np.minimum(1 / np.sqrt(np.sum(np.square(x), axis=_axis(axis), keepdims=True)), 1 / smallest)
@@ -370,7 +370,7 @@ def _conv_transpose(inputs, kernel, strides=1, padding="valid", output_padding=N
 
 # %% ../../nbs/graph/evaluate.ipynb #3a90eab8
 @primitive
-def _packed_linear(x, packed, scale, bias, gain, units, normalize=True, bits=8):
+def _packed_linear(x, packed, scale, bias, gain, units, normalize, bits):
     return kernels.ternary_linear(np.asarray(x, np.float32), packed, units, scale, bias, gain, normalize, bits)
 
 # %% ../../nbs/graph/evaluate.ipynb #d558ebc1
@@ -429,6 +429,9 @@ def _run(graph, specs, values, sizes):
         for ref, result in zip(leaves(node.outputs), leaves(results), strict=True):
             if isinstance(ref, Ref):
                 shape, dtype = specs[ref.index]
+                if np.asarray(result).dtype.kind in "fc" and _numpy_dtype(dtype).kind in "biu":
+                    what = f"Layer '{node.layer}' computes fractions by {node.operation} of whole numbers."
+                    raise ValueError(f"{what} Cast them to floats first.")
                 values[ref.index] = result = np.asarray(result, _numpy_dtype(dtype))
                 if result.shape != _shape(shape, sizes):
                     raise ValueError(

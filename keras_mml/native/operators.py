@@ -243,15 +243,14 @@ def in_graph(
 ):             # the tensors
     "What tensorflow must know where operators in C are in a graph: the shapes, and that the graph cannot be saved."
     import tensorflow as tf
-    tensors, shapes = zip(*results)
     if not tf.executing_eagerly():
         for tensor, shape in results:
             tensor.set_shape(shape)
-        tensors[0].graph.mark_as_unsaveable(
+        tensor.graph.mark_as_unsaveable(
             "The graph calls the kernels of this process. Let `model.export` or `tf.saved_model.save` trace the model anew, or write it "
             "for ONNX Runtime with `keras_mml.export_onnx`."
         )
-    return tensors
+    return [tensor for tensor, _ in results]
 
 @functools.cache
 def tensorflow_nothing():
