@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POWERS', 'FIVE_TRITS', 'BLOCK_UNITS', 'BLOCK_DIM', 'VECTORS', 'as_trits', 'packed_shape', 'pack_ternary',
-           'unpack_ternary', 'layer_sizes', 'encode_state', 'decode_state']
+           'unpack_ternary', 'layer_sizes', 'encode_state', 'decode_state', 'kernel_arrays']
 
 # %% ../nbs/packing.ipynb #56a68b4a
 import json
@@ -157,3 +157,11 @@ def decode_state(
         "kernel_scale": np.broadcast_to(scale, shape[-1:]),
         **dict(zip(behind, others)),
     }
+
+# %% ../nbs/packing.ipynb #45641453
+def kernel_arrays(
+    state,  # what `decode_state` returned
+):          # dictionary: `packed`, as `pack_ternary` returns it, `kernel_scale`, and perhaps `bias` and `gain`
+    "The state of a layer as the kernels want it."
+    vectors = {name: np.ascontiguousarray(state[name]) for name in VECTORS if name in state}
+    return {"packed": pack_ternary(state["trits"]), **vectors}

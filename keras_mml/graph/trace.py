@@ -606,9 +606,16 @@ def _specs(model, inputs):
         try:
             inputs = model.input
         except (AttributeError, ValueError):
-            message = f"Model '{model.name}' does not say what its inputs are."
-            raise ValueError(f"{message} Pass them to `trace`: a structure of arrays or of `keras.KerasTensor`s.") from None
+            inputs = _built_for(model)
     return tree.map_structure(lambda x: keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype)), inputs)
+
+def _built_for(model):
+    "The inputs of a subclassed model, as far as Keras remembers the shape that it was built for: any number of samples of it."
+    shape = (model.get_build_config() or {}).get("input_shape") if isinstance(model, keras.Model) else None
+    if not isinstance(shape, (tuple, list)) or not all(size is None or isinstance(size, int) for size in shape):
+        message = f"Model '{model.name}' does not say what its inputs are."
+        raise ValueError(f"{message} Pass them to `trace`: a structure of arrays or of `keras.KerasTensor`s.")
+    return keras.KerasTensor((None, *shape[1:]), "float32")
 
 def _open(shape):
     return ["batch" if axis == 0 else "length" for axis, size in enumerate(shape) if size is None]

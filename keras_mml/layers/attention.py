@@ -249,17 +249,19 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         if attention_mask is not None or return_attention_scores:
             raise ValueError(f"With a cache, layer '{self.name}' takes no `attention_mask` and returns no scores.")
         gate = self._gate_dense(query) if self.use_gate else 1
-        start, count = ops.shape(cache["keys"])[1], ops.shape(query)[1]
+        count = ops.shape(query)[1]
         visible = ops.ones(ops.shape(value)[:2], dtype="bool")
         for mask in (value_mask, key_mask):
             visible = visible if mask is None else ops.logical_and(visible, ops.cast(mask, "bool"))
         query, key, value = self._query_dense(query), self._key_dense(value if key is None else key), self._value_dense(value)
         query, key, value = self._split_heads(query, key, value)
+        visible = ops.concatenate([cache["visible"], visible], axis=1)
+        place = ops.cumsum(ops.ones_like(visible[0], dtype="int32")) - 1  # counted, for a trace that leaves open how much is in the cache
         if self.rotary:
-            query, key = (rotate(v, start, self.max_wavelength) for v in (query, key))
-        new = dict(keys=key, values=value, visible=visible)
-        cache = {name: ops.concatenate([cache[name], part], axis=1) for name, part in new.items()}
-        ago = ops.arange(start, start + count)[:, None] - ops.arange(start + count)  # how long before each query a key was
+            query, key = (rotate(v, place[-count], self.max_wavelength) for v in (query, key))
+        parts = dict(keys=key, values=value)
+        cache = {name: ops.concatenate([cache[name], part], axis=1) for name, part in parts.items()} | {"visible": visible}
+        ago = place[-count:, None] - place  # how long before each query a key was
         seen = (ago >= 0) if self.sliding_window is None else (ago >= 0) & (ago < self.sliding_window)
         outputs, _ = self._attend(query, cache["keys"], cache["values"], seen & cache["visible"][:, None], training)
         return self._in_compute_dtype(self._output_dense(outputs * gate)), cache

@@ -28,9 +28,10 @@ class TokenEmbedding(keras.layers.Layer):
     Call arguments:
         inputs: integers from 0 to below `vocab_size`, of shape `(batch, length)`.
         start: the place of the first token, an integer or a scalar tensor, which is not checked.
+        cache: what `get_initial_cache` or the call before returned, to continue from there, or `None`.
 
     Output shape:
-        `(batch, length, embedding_dim)`, in the compute dtype of the layer.
+        `(batch, length, embedding_dim)`, in the compute dtype of the layer; with a cache, a pair of that and the next cache.
 
     Raises:
         ValueError: for an invalid argument, and for sequences longer than `max_len`.
@@ -67,7 +68,9 @@ class TokenEmbedding(keras.layers.Layer):
         if self.positions is not None:
             self.positions.build(input_shape)
 
-    def call(self, inputs, start=0):
+    def call(self, inputs, start=0, cache=None):
+        if cache is not None:
+            return self.call(inputs, start=cache), cache + inputs.shape[-1]
         length = inputs.shape[-1]
         self._check_length(start + length if length is not None and isinstance(start, int) else length)
         outputs = self.tokens(inputs)
@@ -81,8 +84,16 @@ class TokenEmbedding(keras.layers.Layer):
                 f"Layer '{self.name}' was made for sequences of at most max_len={self.max_len} tokens. Received: {length} tokens"
             )
 
+    def get_initial_cache(self, batch_size):
+        "The place of the next token, for all sequences."
+        return ops.zeros((), dtype="int32")
+
     def compute_mask(self, inputs, previous=None):
         return ops.not_equal(inputs, 0) if self.mask_zero else previous
+
+    def compute_output_spec(self, inputs, start=0, cache=None):
+        outputs = keras.KerasTensor((*inputs.shape, self.embedding_dim), self.compute_dtype)
+        return outputs if cache is None else (outputs, cache)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape, self.embedding_dim)
