@@ -36,6 +36,7 @@ if _HAS_KERAS:  # at once, since Keras finds our layers in its files by their re
     from keras_mml import callbacks, datasets, layers, quantizers
     from keras_mml.conversion import pack, ternarize, to_dense
     from keras_mml.export import export_onnx
+    from keras_mml.graph import saving as _saving  # enters what packed models say in their files
     from keras_mml.inspection import summary
 
 # %% ../nbs/index.ipynb #a4337614

@@ -27,23 +27,27 @@ def map_structure(
     *others,    # more structures of the same form
 ):              # a structure of what the function returned
     "Apply a function to the leaves of structures; dictionaries are sorted. Raises `ValueError` where their forms differ."
-    if any(type(other) is not type(structure) for other in others) and isinstance(structure, (dict, list, tuple, slice)):
+    if not isinstance(structure, (dict, list, tuple, slice)):
+        return function(structure, *others)
+    if any(type(other) is not type(structure) for other in others):
         raise ValueError(f"Structures differ: {structure!r} and {others!r}")
     if isinstance(structure, dict):
         return {key: map_structure(function, structure[key], *(other[key] for other in others)) for key in sorted(structure)}
-    if isinstance(structure, (list, tuple)):
-        return type(structure)([map_structure(function, *values) for values in zip(structure, *others, strict=True)])
     if isinstance(structure, slice):
         return slice(*map_structure(function, *([s.start, s.stop, s.step] for s in (structure, *others))))
-    return function(structure, *others)
+    return type(structure)([map_structure(function, *values) for values in zip(structure, *others, strict=True)])
 
 def leaves(
     structure,  # as above
 ):              # a list of its leaves
     "All leaves of a structure, from left to right."
-    found = []
-    map_structure(found.append, structure)
-    return found
+    if isinstance(structure, (list, tuple)):
+        return [leaf for part in structure for leaf in leaves(part)]
+    if isinstance(structure, (dict, slice)):
+        found = []
+        map_structure(found.append, structure)
+        return found
+    return [structure]
 
 # %% ../../nbs/graph/graph.ipynb #ebfacd8a
 @dataclass(frozen=True)

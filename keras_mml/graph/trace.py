@@ -334,6 +334,9 @@ class AveragingTwin:
 def add_scan(trace, f, init, xs=None, length=None, reverse=False, **_):
     "Add a `Scan`; returns its carry and outputs as symbolic tensors."
     length = tree.flatten(xs)[0].shape[0] if xs is not None else length
+    if length == 1:  # no loop
+        carry, outputs = f(init, tree.map_structure(lambda v: v[0], xs))
+        return carry, tree.map_structure(lambda v: ops.expand_dims(v, 0), outputs)
     arguments = dict(init=trace.structure(init), xs=trace.structure(xs), length=length, reverse=reverse)
     outer = trace.graph
     trace.graph = Graph(specs=outer.specs, constants=outer.constants, names=outer.names)
