@@ -13,7 +13,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from .arguments import check_one_of
 from .dense import activation_quantizer_for, kernel_quantizer_for
-from .normalization import rms_normalize
+from ..normalization import rms_normalize
 from .packed import PackableLayer
 from ..native.operators import packed_linear, refuse_gradient, unpack_on_device
 

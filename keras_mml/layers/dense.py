@@ -13,7 +13,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from .. import quantizers
 from .arguments import check_positive_integers, defined_last_dimension
-from .normalization import rms_normalize
+from ..normalization import rms_normalize
 from .packed import PackableLayer
 from ..native.training import in_one_pass, ternary_linear
 
