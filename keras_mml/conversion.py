@@ -19,6 +19,7 @@ from keras import layers, ops
 
 from . import layers as matmul_free
 from .copies import configuration, copy_of, is_graph
+from .layers.arguments import KeepsArguments
 from .layers.composed import Composed
 from .layers.packed import PackableLayer
 from .constants import NORM_EPSILON
@@ -376,7 +377,7 @@ def _fit_outputs(layer, outputs, target):
 
 # %% ../nbs/conversion.ipynb #b4beebce
 @keras.saving.register_keras_serializable(package="keras_mml")
-class RoundedInputs(layers.Layer):
+class RoundedInputs(KeepsArguments, layers.Layer):
     """Round inputs to integers and scale them back, as the inputs of ternary layers are.
 
     Args:
@@ -396,8 +397,7 @@ class RoundedInputs(layers.Layer):
 
     def __init__(self, bits=8, per_sample=False, **kwargs):
         super().__init__(**kwargs)
-        self.bits = bits
-        self.per_sample = per_sample
+        self.keep(locals())
         self.quantizer = AbsmaxInt(bits)
         self.supports_masking = True
 
@@ -408,9 +408,6 @@ class RoundedInputs(layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), "bits": self.bits, "per_sample": self.per_sample}
 
 STANDARD = {
     matmul_free.DenseMML: layers.Dense,

@@ -56,10 +56,7 @@ class AttentionMML(Composed, keras.layers.Layer):
         check_divides(dict(num_heads=num_heads), dict(out_dim=out_dim))
         check_one_of("fully_mml", fully_mml, (True, False))
         super().__init__(**kwargs)
-        self.num_heads = num_heads
-        self.out_dim = out_dim
-        self.fully_mml = fully_mml
-        self.causal = causal
+        self.keep(locals())
         bound = dict(forget_lower_bound=forget_lower_bound)
         self.forward_rnn = self._recurrence("forward", return_state=causal, **bound)
         self.backward_rnn = None if causal else self._recurrence("backward", go_backwards=True, **bound)
@@ -95,16 +92,6 @@ class AttentionMML(Composed, keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.out_dim)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "out_dim": self.out_dim,
-            "fully_mml": self.fully_mml,
-            "causal": self.causal,
-            "forget_lower_bound": self.forget_lower_bound,
-        }
 
 # %% ../../nbs/layers/attention.ipynb #ebb5b871
 def rotate(
@@ -192,10 +179,7 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         super().__init__(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, **kwargs)
         if self._output_shape and len(self._output_shape) > 1:
             raise ValueError(f"`output_shape` must be one integer here. Received: output_shape={self._output_shape}")
-        self.num_key_value_heads = num_key_value_heads
-        self.rotary = rotary
-        self.max_wavelength = max_wavelength
-        self.fully_mml = fully_mml
+        self.keep(locals())
         self.use_gate = kwargs.get("use_gate", False)
         self.sliding_window = kwargs.get("sliding_window", None)  # since Keras 3.15
 
@@ -287,12 +271,3 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         lengths = cache["keys"].shape[1], query.shape[1]
         length = None if None in lengths else sum(lengths)
         return outputs, {name: keras.KerasTensor((v.shape[0], length, *v.shape[2:]), v.dtype) for name, v in cache.items()}
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_key_value_heads": self.num_key_value_heads,
-            "rotary": self.rotary,
-            "max_wavelength": self.max_wavelength,
-            "fully_mml": self.fully_mml,
-        }

@@ -9,13 +9,11 @@ __all__ = ['window_slices', 'pad_same', 'ConvolutionMML', 'FullConvolutionMML', 
 import math
 
 import keras
-from keras import activations, constraints, initializers, ops, regularizers
+from keras import ops
 
-from .arguments import check_one_of
-from .dense import activation_quantizer_for, kernel_quantizer_for
-from ..normalization import rms_normalize
 from .packed import PackableLayer
 from ..native.operators import packed_linear, refuse_gradient, unpack_on_device
+from ..normalization import rms_normalize
 
 # %% ../../nbs/layers/convolution.ipynb #b4b7ed93
 def window_slices(
@@ -54,46 +52,28 @@ class ConvolutionMML(PackableLayer):
     """What the convolutions share. A subclass names its `twin` in Keras, and says how to `convolve` and what its kernel's shape is.
 
     Args:
-        geometry: dictionary of the arguments that the twin takes to say where the windows are.
+        of_twin: dictionary of arguments that are the twin's, such as those that say where the windows are. The twin checks and completes
+            them, and the layer has them as attributes.
         activation, use_bias: as in `keras.layers.Conv2D`.
-        kernel_initializer, kernel_regularizer, kernel_constraint: those of the latent kernel.
         bias_initializer, bias_regularizer, bias_constraint: those of the biases.
         activity_regularizer: that of the outputs.
-        norm: `"rms"` to divide each sample by its root mean square first, or `None`.
-        norm_gain: whether that normalisation learns a gain of shape `(channels,)`.
-        scale, activation_bits, packed: as in `DenseMML`.
-        **kwargs: the arguments of `keras.layers.Layer`.
+        **kwargs: the arguments of `PackableLayer`. `norm="rms"` divides each sample by its root mean square, and the gain that
+            `norm_gain` learns has the shape `(channels,)`.
     """
 
     twin = None
+    kernel_name = "kernel"  # what the arguments about it begin with
 
     def __init__(
-        self, geometry, activation=None, use_bias=True, kernel_initializer="glorot_uniform", bias_initializer="zeros",
-        kernel_regularizer=None, bias_regularizer=None, activity_regularizer=None, kernel_constraint=None, bias_constraint=None,
-        norm="rms", norm_gain=False, scale="tensor", activation_bits=8, packed=False, **kwargs,
+        self, of_twin, /, activation=None, use_bias=True, bias_initializer="zeros", bias_regularizer=None, activity_regularizer=None,
+        bias_constraint=None, **kwargs,
     ):  # fmt: skip
-        check_one_of("norm", norm, ("rms", None))
-        if norm_gain and norm is None:
-            raise ValueError('`norm_gain=True` needs `norm="rms"`: there is no normalisation to scale. Received: norm=None')
-        super().__init__(activity_regularizer=activity_regularizer, packed=packed, **kwargs)
-        twin = self.twin(**geometry, name="twin")
-        self.geometry = {name: getattr(twin, name) for name in geometry}
-        for name, value in self.geometry.items():
+        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.keep(locals())
+        twin = self.twin(**of_twin, name="twin")
+        self.of_twin = {name: getattr(twin, name) for name in of_twin}
+        for name, value in self.of_twin.items():
             setattr(self, name, value)
-        self.activation = activations.get(activation)
-        self.use_bias = use_bias
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
-        self.norm = norm
-        self.norm_gain = norm_gain
-        self.kernel_quantizer = kernel_quantizer_for(scale)
-        self.activation_quantizer = activation_quantizer_for(activation_bits)
-        self.scale = scale if isinstance(scale, str) else self.kernel_quantizer
-        self.activation_bits = activation_bits if isinstance(activation_bits, (int, str)) else self.activation_quantizer
         self.input_spec = keras.layers.InputSpec(ndim=len(self.kernel_size) + 2)
 
     def kernel_shape_for(self, channels):
@@ -114,12 +94,9 @@ class ConvolutionMML(PackableLayer):
             raise ValueError(f"`{type(self).__name__}` needs the number of channels. Received: input_shape={tuple(input_shape)}")
         self.compute_output_shape(input_shape)  # raises an error where the image is smaller than a window
         shape = self.kernel_shape_for(channels)
-        self.add_kernel(shape, initializer=self.kernel_initializer, regularizer=self.kernel_regularizer, constraint=self.kernel_constraint)
+        self.add_kernel(shape, **self.of_weight(self.kernel_name))
         if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias", shape=shape[-1:], initializer=self.bias_initializer, regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-            )  # fmt: skip
+            self.bias = self.add_weight(name="bias", shape=shape[-1:], **self.of_weight("bias"))
         if self.norm_gain:
             self.gain = self.add_weight(name="gain", shape=(channels,), initializer="ones", autocast=False)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
@@ -180,30 +157,15 @@ class ConvolutionMML(PackableLayer):
         return ops.reshape(outputs, (batch, steps, outputs.shape[-1]))
 
     def compute_output_shape(self, input_shape):
-        return self.twin(**self.geometry, name="twin").compute_output_shape(input_shape)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            **self.geometry,
-            "activation": activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
-            "kernel_constraint": constraints.serialize(self.kernel_constraint),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
-            "norm": self.norm,
-            "norm_gain": self.norm_gain,
-            "scale": keras.saving.serialize_keras_object(self.scale),
-            "activation_bits": keras.saving.serialize_keras_object(self.activation_bits),
-        }
+        return self.twin(**self.of_twin, name="twin").compute_output_shape(input_shape)
 
 # %% ../../nbs/layers/convolution.ipynb #f8185053
 class FullConvolutionMML(ConvolutionMML):
     "A convolution whose kernel has an axis of inputs and an axis of outputs."
+
+    def __init__(self, of_twin, /, kernel_initializer="glorot_uniform", kernel_regularizer=None, kernel_constraint=None, **kwargs):
+        super().__init__(of_twin, **kwargs)
+        self.keep(locals())
 
     def kernel_shape_for(self, channels):
         if channels % self.groups:
@@ -219,6 +181,7 @@ class FullConvolutionMML(ConvolutionMML):
     def convolve(self, x, kernel, strides, padding, dilation_rate):
         return ops.conv(x, kernel, strides=list(strides), padding=padding, dilation_rate=dilation_rate, data_format="channels_last")
 
+# %% ../../nbs/layers/convolution.ipynb #83c4d0a0
 @keras.saving.register_keras_serializable(package="keras_mml")
 class Conv1DMML(FullConvolutionMML):
     """`keras.layers.Conv1D` with ternary filters and int8 activations.
@@ -261,8 +224,10 @@ class Conv1DMML(FullConvolutionMML):
         use_bias=True, **kwargs,
     ):  # fmt: skip
         geometry = dict(filters=filters, kernel_size=kernel_size, strides=strides, padding=padding, data_format=data_format)
-        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, activation, use_bias, **kwargs)
+        more = dict(dilation_rate=dilation_rate, groups=groups)
+        super().__init__({**geometry, **more}, activation=activation, use_bias=use_bias, **kwargs)
 
+# %% ../../nbs/layers/convolution.ipynb #df6d1c93
 @keras.saving.register_keras_serializable(package="keras_mml")
 class Conv2DMML(FullConvolutionMML):
     """`keras.layers.Conv2D` with ternary filters and int8 activations.
@@ -305,8 +270,10 @@ class Conv2DMML(FullConvolutionMML):
         use_bias=True, **kwargs,
     ):  # fmt: skip
         geometry = dict(filters=filters, kernel_size=kernel_size, strides=strides, padding=padding, data_format=data_format)
-        super().__init__({**geometry, "dilation_rate": dilation_rate, "groups": groups}, activation, use_bias, **kwargs)
+        more = dict(dilation_rate=dilation_rate, groups=groups)
+        super().__init__({**geometry, **more}, activation=activation, use_bias=use_bias, **kwargs)
 
+# %% ../../nbs/layers/convolution.ipynb #5e053af7
 @keras.saving.register_keras_serializable(package="keras_mml")
 class DepthwiseConv2DMML(ConvolutionMML):
     """`keras.layers.DepthwiseConv2D` with ternary filters and int8 activations: each channel is filtered by itself.
@@ -343,6 +310,7 @@ class DepthwiseConv2DMML(ConvolutionMML):
     """
 
     twin = keras.layers.DepthwiseConv2D
+    kernel_name = "depthwise"
 
     def __init__(
         self, kernel_size, strides=(1, 1), padding="valid", depth_multiplier=1, data_format=None, dilation_rate=(1, 1),
@@ -350,10 +318,10 @@ class DepthwiseConv2DMML(ConvolutionMML):
         **kwargs,
     ):  # fmt: skip
         geometry = dict(kernel_size=kernel_size, strides=strides, padding=padding, depth_multiplier=depth_multiplier)
-        super().__init__(
-            {**geometry, "data_format": data_format, "dilation_rate": dilation_rate}, activation, use_bias, depthwise_initializer,
-            kernel_regularizer=depthwise_regularizer, kernel_constraint=depthwise_constraint, **kwargs,
-        )  # fmt: skip
+        more = dict(data_format=data_format, dilation_rate=dilation_rate)
+        kernel = dict(depthwise_regularizer=depthwise_regularizer, depthwise_constraint=depthwise_constraint)
+        kernel["depthwise_initializer"] = depthwise_initializer
+        super().__init__({**geometry, **more, **kernel}, activation=activation, use_bias=use_bias, **kwargs)
 
     def kernel_shape_for(self, channels):
         return (*self.kernel_size, channels * self.depth_multiplier)
@@ -361,9 +329,3 @@ class DepthwiseConv2DMML(ConvolutionMML):
     def convolve(self, x, kernel, strides, padding, dilation_rate):
         kernel = ops.reshape(kernel, (*self.kernel_size, -1, self.depth_multiplier))
         return ops.depthwise_conv(x, kernel, strides=strides, padding=padding, dilation_rate=dilation_rate, data_format="channels_last")
-
-    def get_config(self):
-        config = super().get_config()
-        return {name.replace("kernel_", "depthwise_") if name in _DEPTHWISE else name: value for name, value in config.items()}
-
-_DEPTHWISE = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")

@@ -7,14 +7,14 @@ __all__ = ['RMSNorm']
 
 # %% ../../nbs/layers/normalization.ipynb #f70c0f96
 import keras
-from keras import constraints, initializers, ops, regularizers
+from keras import ops
 
-from .arguments import defined_last_dimension
+from .arguments import KeepsArguments, defined_last_dimension
 from ..normalization import rms_normalize
 
 # %% ../../nbs/layers/normalization.ipynb #ac198f27
 @keras.saving.register_keras_serializable(package="keras_mml")
-class RMSNorm(keras.layers.Layer):
+class RMSNorm(KeepsArguments, keras.layers.Layer):
     """Root mean square normalisation over the last axis.
 
     Args:
@@ -67,14 +67,7 @@ class RMSNorm(keras.layers.Layer):
                 f"Received: has_learnable_weights={has_learnable_weights}, use_bias={use_bias}"
             )
         super().__init__(**kwargs)
-        self.has_learnable_weights = has_learnable_weights
-        self.use_bias = use_bias
-        self.gain_initializer = initializers.get(gain_initializer)
-        self.gain_regularizer = regularizers.get(gain_regularizer)
-        self.gain_constraint = constraints.get(gain_constraint)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.bias_constraint = constraints.get(bias_constraint)
+        self.keep(locals())
         self.gain = None
         self.bias = None
         self.scale = None
@@ -85,23 +78,9 @@ class RMSNorm(keras.layers.Layer):
         dim = defined_last_dimension(self, input_shape)
         self.scale = dim**0.5
         if self.has_learnable_weights:
-            self.gain = self.add_weight(
-                name="gain",
-                shape=(dim,),
-                initializer=self.gain_initializer,
-                regularizer=self.gain_regularizer,
-                constraint=self.gain_constraint,
-                autocast=False,
-            )
+            self.gain = self.add_weight(name="gain", shape=(dim,), autocast=False, **self.of_weight("gain"))
         if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(dim,),
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-                autocast=False,
-            )
+            self.bias = self.add_weight(name="bias", shape=(dim,), autocast=False, **self.of_weight("bias"))
         self.input_spec = keras.layers.InputSpec(min_ndim=1, axes={-1: dim})
 
     def call(self, inputs):
@@ -112,16 +91,3 @@ class RMSNorm(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "has_learnable_weights": self.has_learnable_weights,
-            "use_bias": self.use_bias,
-            "gain_initializer": initializers.serialize(self.gain_initializer),
-            "gain_regularizer": regularizers.serialize(self.gain_regularizer),
-            "gain_constraint": constraints.serialize(self.gain_constraint),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
-        }

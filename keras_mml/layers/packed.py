@@ -14,20 +14,21 @@ from keras import ops
 
 from .. import quantizers
 from ..copies import copy_of
+from .options import TernaryOptions
 from ..native.operators import callers, packed_linear
 from ..native.training import round_kernel
 from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
 
 # %% ../../nbs/layers/packed.ipynb #7c2c82c3
-class PackableLayer(keras.layers.Layer):
+class PackableLayer(TernaryOptions, keras.layers.Layer):
     """Base of layers with one ternary kernel, which is latent while it trains and packed when it is done.
 
-    A subclass passes `packed` on, sets `kernel_quantizer`, `activation_quantizer` and `norm`, calls `add_kernel` in `build`, and in
-    `call`, where `self.packed` is true, returns `packed_product(inputs, training)`. It may set `bias` and `gain`.
+    A subclass passes its `**kwargs` on, calls `add_kernel` in `build`, and in `call`, where `self.packed` is true, returns
+    `packed_product(inputs, training)`. It may set `bias` and `gain`.
 
     Args:
         packed: whether the layer starts packed, with weights that come from a file or from `pack`.
-        **kwargs: the arguments of `keras.layers.Layer`.
+        **kwargs: the options of `TernaryOptions`, and the arguments of `keras.layers.Layer`.
     """
 
     def __init__(self, packed=False, **kwargs):
@@ -159,9 +160,6 @@ class PackableLayer(keras.layers.Layer):
             )
         else:
             super().load_own_variables(store)
-
-    def get_config(self):
-        return {**super().get_config(), "packed": self.packed}
 
 # %% ../../nbs/layers/packed.ipynb #b3e93b5d
 def _sizes(layer):
