@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_positive_integers', 'check_fraction', 'check_divides', 'check_one_of', 'defined_last_dimension',
-           'KeepsArguments']
+           'own_arguments', 'KeepsArguments']
 
 # %% ../../nbs/layers/arguments.ipynb #f2354535
 import inspect
@@ -74,8 +74,10 @@ def _serialized(name, value):
     return keras.saving.serialize_keras_object(value) if hasattr(value, "get_config") else value
 
 # %% ../../nbs/layers/arguments.ipynb #c1084f40
-def _parameters(cls):
-    "The names that the constructor takes by keyword which the class defines itself; none if it inherits it."
+def own_arguments(
+    cls,  # a class
+):        # list of names
+    "What the constructor that a class defines itself takes by keyword; nothing if it inherits its constructor."
     _, *parameters = inspect.signature(vars(cls)["__init__"]).parameters.values() if "__init__" in vars(cls) else [None]
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
@@ -89,15 +91,15 @@ class KeepsArguments:
     def keep(self, constructor):
         "Store what the constructor takes that none of its bases does. Pass it its `locals()`."
         cls = constructor["__class__"]  # there because of `super()`
-        above = {name for base in cls.__mro__[1:] for name in _parameters(base)}
-        for name in _parameters(cls):
+        above = {name for base in cls.__mro__[1:] for name in own_arguments(base)}
+        for name in own_arguments(cls):
             if name not in above:
                 value, kind = constructor[name], _kind(name)
                 setattr(self, name, kind.get(value) if kind else value)
 
     def get_config(self):
         classes = [cls for cls in type(self).__mro__ if issubclass(cls, KeepsArguments)]
-        names = [name for cls in classes for name in _parameters(cls)]
+        names = [name for cls in classes for name in own_arguments(cls)]
         if missing := [name for name in names if not hasattr(self, name)]:
             raise AttributeError(
                 f"`{type(self).__name__}` takes arguments that it has no attributes for, so its configuration cannot name them. Call "

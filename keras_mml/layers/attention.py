@@ -11,6 +11,7 @@ from keras import ops
 
 from .arguments import check_divides, check_one_of, check_positive_integers
 from .composed import Composed
+from .twins import arguments_of
 from .recurrent import GRUMML
 from ..quantizers import to_float32
 
@@ -161,6 +162,20 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
 
     Reference: Vaswani et al., *Attention Is All You Need*, arXiv 1706.03762, §3.2.2.
     """
+
+    keras_twins = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+    leads_back = ("attention_output",)
+
+    @classmethod
+    def from_keras(cls, layer, **options):
+        config = arguments_of(layer)
+        if isinstance(layer, keras.layers.GroupQueryAttention):
+            config.update(num_heads=config.pop("num_query_heads"), key_dim=config.pop("head_dim"))
+        return cls(**{**config, **options})
+
+    def parts_of(self, layer):
+        names = [f"_{name}_dense" for name in ("query", "key", "value", "gate", "output")]
+        return [(getattr(layer, name), getattr(self, name)) for name in names if getattr(layer, name, None) is not None]
 
     def __init__(
         self, num_heads, key_dim, value_dim=None, *, num_key_value_heads=None, rotary=False, max_wavelength=10000, fully_mml=True, **kwargs

@@ -21,7 +21,13 @@ class Composed(TernaryOptions):
     Args:
         packed: whether the ternary layers inside start packed. Configurations of packed layers say so.
         *args, **kwargs: the options of `TernaryOptions`, for every ternary layer inside, and the arguments of the class that is mixed with.
+
+    Attributes:
+        leads_back: tuple of names of the parts that a layer ends with, such as `("down",)`: model parallel training cuts their kernels
+            along the inputs, and all others along the outputs.
     """
+
+    leads_back = ()
 
     def __init__(self, *args, packed=False, **kwargs):
         super().__init__(*args, **kwargs)

@@ -49,7 +49,7 @@ def pad_same(
 
 # %% ../../nbs/layers/convolution.ipynb #f2153d56
 class ConvolutionMML(PackableLayer):
-    """What the convolutions share. A subclass names its `twin` in Keras, and says how to `convolve` and what its kernel's shape is.
+    """What the convolutions share. A subclass names its `keras_twins`, and says how to `convolve` and what its kernel's shape is.
 
     Args:
         of_twin: dictionary of arguments that are the twin's, such as those that say where the windows are. The twin checks and completes
@@ -61,7 +61,7 @@ class ConvolutionMML(PackableLayer):
             `norm_gain` learns has the shape `(channels,)`.
     """
 
-    twin = None
+    rounds_samples = True
     kernel_name = "kernel"  # what the arguments about it begin with
 
     def __init__(
@@ -70,7 +70,7 @@ class ConvolutionMML(PackableLayer):
     ):  # fmt: skip
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         self.keep(locals())
-        twin = self.twin(**of_twin, name="twin")
+        twin = self.keras_twins[0](**of_twin, name="twin")
         self.of_twin = {name: getattr(twin, name) for name in of_twin}
         for name, value in self.of_twin.items():
             setattr(self, name, value)
@@ -157,7 +157,12 @@ class ConvolutionMML(PackableLayer):
         return ops.reshape(outputs, (batch, steps, outputs.shape[-1]))
 
     def compute_output_shape(self, input_shape):
-        return self.twin(**self.of_twin, name="twin").compute_output_shape(input_shape)
+        return self.keras_twins[0](**self.of_twin, name="twin").compute_output_shape(input_shape)
+
+    def to_keras(self):
+        if self.padding == "causal":
+            raise ValueError(f"Layer '{self.name}' rounds each window by itself (`padding=\"causal\"`), which no standard layer does.")
+        return super().to_keras()
 
 # %% ../../nbs/layers/convolution.ipynb #f8185053
 class FullConvolutionMML(ConvolutionMML):
@@ -217,7 +222,7 @@ class Conv1DMML(FullConvolutionMML):
     ```
     """
 
-    twin = keras.layers.Conv1D
+    keras_twins = (keras.layers.Conv1D,)
 
     def __init__(
         self, filters, kernel_size, strides=1, padding="valid", data_format=None, dilation_rate=1, groups=1, activation=None,
@@ -263,7 +268,7 @@ class Conv2DMML(FullConvolutionMML):
     ```
     """
 
-    twin = keras.layers.Conv2D
+    keras_twins = (keras.layers.Conv2D,)
 
     def __init__(
         self, filters, kernel_size, strides=(1, 1), padding="valid", data_format=None, dilation_rate=(1, 1), groups=1, activation=None,
@@ -309,7 +314,7 @@ class DepthwiseConv2DMML(ConvolutionMML):
     ```
     """
 
-    twin = keras.layers.DepthwiseConv2D
+    keras_twins = (keras.layers.DepthwiseConv2D,)
     kernel_name = "depthwise"
 
     def __init__(

@@ -63,6 +63,8 @@ class GLUMML(Composed, keras.layers.Layer):
     Reference: Zhu et al., *Scalable MatMul-free Language Modeling*, arXiv 2406.02528, §3.3.2.
     """
 
+    leads_back = ("down",)
+
     def __init__(
         self,
         units,

@@ -14,7 +14,8 @@ from keras import ops
 
 from .. import quantizers
 from ..copies import copy_of
-from .options import TernaryOptions
+from .options import OPTIONS, TernaryOptions
+from .twins import arguments_of, keras_twin_of
 from ..native.operators import callers, packed_linear
 from ..native.training import round_kernel
 from ..packing import VECTORS, as_trits, decode_state, encode_state, layer_sizes, pack_ternary, packed_shape, unpack_ternary
@@ -30,6 +31,8 @@ class PackableLayer(TernaryOptions, keras.layers.Layer):
         packed: whether the layer starts packed, with weights that come from a file or from `pack`.
         **kwargs: the options of `TernaryOptions`, and the arguments of `keras.layers.Layer`.
     """
+
+    rounds_samples = False  # whether a whole sample is normalised and rounded together, not each row of its last axis
 
     def __init__(self, packed=False, **kwargs):
         super().__init__(**kwargs)
@@ -160,6 +163,10 @@ class PackableLayer(TernaryOptions, keras.layers.Layer):
             )
         else:
             super().load_own_variables(store)
+
+    def to_keras(self):
+        config = arguments_of(self, *OPTIONS, "packed")
+        return keras_twin_of(self).from_config({**config, "trainable": True} if self.packed else config)
 
 # %% ../../nbs/layers/packed.ipynb #b3e93b5d
 def _sizes(layer):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECURRENT_KERNEL', 'multiply', 'add', 'linear_recurrence', 'LinearCell', 'last_kept_step', 'ScanRNN', 'layer_of',
-           'GRUCellMML', 'without_recurrent_kernel', 'cell_options', 'GRUMML', 'ring_initializers', 'LRUCellMML',
-           'LRUMML']
+           'GRUCellMML', 'without_recurrent_kernel', 'cell_options', 'gru_weights', 'GRUMML', 'ring_initializers',
+           'LRUCellMML', 'LRUMML']
 
 # %% ../../nbs/layers/recurrent.ipynb #77f00a67
 import inspect
@@ -20,6 +20,8 @@ from keras_mml.layers.arguments import (
     KeepsArguments, check_divides, check_fraction, check_one_of, check_positive_integers, defined_last_dimension,
 )  # fmt: skip
 from .composed import Composed
+from .options import OPTIONS
+from .twins import KerasTwin, Weights, arguments_of
 from ..quantizers import to_float32
 
 # %% ../../nbs/layers/recurrent.ipynb #cec7eb15
@@ -69,7 +71,11 @@ class LinearCell(Composed, keras.layers.Layer):
       them for inputs of shape `(batch, dim)` or `(batch, steps, dim)`; decay and update as tuples, float32;
     - `read(state, context)`: the outputs from the state, a tuple, and that tensor;
     - `join(states)` and `split(state)`: from Keras' list of states to the tuple, and back.
+
+    Its last projection is called `output_map`.
     """
+
+    leads_back = ("output_map",)
 
     def call(self, inputs, states, training=False):
         decay, update, context = self.recurrence(inputs)
@@ -101,7 +107,7 @@ def last_kept_step(
     return ops.cast(ops.round(steps[..., 0]), "int32")
 
 # %% ../../nbs/layers/recurrent.ipynb #d331b66d
-class ScanRNN(KeepsArguments, keras.layers.RNN):
+class ScanRNN(KerasTwin, KeepsArguments, keras.layers.RNN):
     """A `keras.layers.RNN` over a `LinearCell` that computes all steps at once.
 
     Args:
@@ -304,10 +310,21 @@ def cell_options(
     kwargs,  # keyword arguments of a recurrent layer
 ):           # those that its cell wants to have, and those that the layer does
     "Which keyword arguments go where."
-    names = ("norm", "norm_gain", "scale", "activation_bits", "packed", "kernel_initializer", "kernel_regularizer", "kernel_constraint",
-             *RECURRENT_KERNEL)  # fmt: skip
+    names = (*OPTIONS, "packed", "kernel_initializer", "kernel_regularizer", "kernel_constraint", *RECURRENT_KERNEL)
     options = {name: value for name, value in kwargs.items() if name in (*names, "dtype", "trainable")}
     return options, {name: value for name, value in kwargs.items() if name not in names}
+
+# %% ../../nbs/layers/recurrent.ipynb #ecef3e7d
+def gru_weights(
+    cell,  # the built cell of a `keras.layers.GRU`
+):         # two `Weights`, of the input map and of the output map of a `GRUCellMML` with `fully_mml=True`
+    "What the cell knows of its inputs, and the identity for its outputs."
+    update, reset, candidate = np.split(ops.convert_to_numpy(cell.kernel), 3, axis=-1)
+    bias = None
+    if cell.bias is not None:  # one for the inputs, and perhaps one for the state
+        update_bias, reset_bias, candidate_bias = np.split(np.atleast_2d(ops.convert_to_numpy(cell.bias)).sum(0), 3)
+        bias = np.concatenate([update_bias, candidate_bias, reset_bias])
+    return Weights(np.concatenate([update, candidate, reset], axis=-1), bias), Weights(np.eye(cell.units, dtype="float32"), None)
 
 # %% ../../nbs/layers/recurrent.ipynb #d0dfc12c
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -365,6 +382,16 @@ class GRUMML(ScanRNN):
 
     Reference: Zhu et al., *Scalable MatMul-free Language Modeling*, arXiv 2406.02528, §3.3.1.
     """
+
+    keras_twins = (keras.layers.GRU,)
+    lost_arguments = ("recurrent_regularizer", "recurrent_constraint", "recurrent_dropout")
+
+    @classmethod
+    def from_keras(cls, layer, **options):
+        return cls(**{**arguments_of(layer, *RECURRENT_KERNEL), "fully_mml": True, **options})
+
+    def parts_of(self, layer):
+        return list(zip(gru_weights(layer.cell), (self.cell.input_map, self.cell.output_map)))
 
 # %% ../../nbs/layers/recurrent.ipynb #42058252
 def ring_initializers(
