@@ -18,6 +18,7 @@ from keras import layers, ops
 
 from . import layers as matmul_free
 from .copies import copy_of, is_graph
+from .keras_private import calls_of, has_mask, layers_in, origin_of
 from .layers.arguments import KeepsArguments
 from .layers.composed import Composed
 from .layers.options import OPTIONS
@@ -39,15 +40,15 @@ def pack(
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"`pack` takes a Keras model or layer. Received: {model!r} of type {type(model).__name__}")
     packable = _packable_layers(model)
-    unbuilt = [layer.name for layer in model._flatten_layers() if isinstance(layer, (PackableLayer, Composed)) and not layer.built]
+    unbuilt = [layer.name for layer in layers_in(model) if isinstance(layer, (PackableLayer, Composed)) and not layer.built]
     if unbuilt and not packable:
         raise ValueError(f"Only built layers can be packed. Call '{model.name}' on a batch first. Layers without weights: {unbuilt}")
     if packable and all(layer.packed for layer in packable):
         raise ValueError(f"'{model.name}' is packed already.")
     if not packable:
         raise ValueError(f"'{model.name}' has no layer that can be packed. Those of `keras_mml.layers` with a ternary kernel can.")
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.SpectralNormalization) and any(part in packable for part in layer._flatten_layers()):
+    for layer in layers_in(model):
+        if isinstance(layer, keras.layers.SpectralNormalization) and any(part in packable for part in layers_in(layer)):
             raise ValueError(f"'{layer.name}' divides the float kernel of '{layer.layer.name}', of which packing leaves none.")
     states = [layer.ternary_state() for layer in packable]  # all of them, before anything changes
     compiled = _compile_arguments(model)
@@ -72,7 +73,7 @@ def _compile_arguments(model):
         warnings.warn(f"The copy of '{model.name}' is not compiled. Call its `compile` before `evaluate`. {error}", stacklevel=3)
 
 def _packable_layers(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer) and (layer.built or layer.packed)]
+    return [layer for layer in layers_in(model) if isinstance(layer, PackableLayer) and (layer.built or layer.packed)]
 
 # %% ../nbs/conversion.ipynb #9f210183
 def fit_scale(
@@ -157,7 +158,7 @@ def _layers_with_kernels(model, prefix=""):
             yield from _layers_with_kernels(inner, path + "/")
         elif type(inner) in TWINS or isinstance(inner, PackableLayer):
             yield path, inner, None
-        elif made := [sub for sub in inner._flatten_layers(include_self=False) if type(sub) in TWINS]:
+        elif made := [sub for sub in layers_in(inner, include_self=False) if type(sub) in TWINS]:
             yield from ((f"{path}/{sub.name}", sub, inner) for sub in made)
         elif any(len(w.shape) > 1 for w in inner.weights):
             yield path, inner, None
@@ -167,12 +168,12 @@ def _last_layers(model):
 
     What goes past a layer and is added to its outputs is not such an output, because that layer reads it, too.
     """
-    read = {id(tensor) for layer in model.layers if layer.weights for node in layer._inbound_nodes for tensor in node.input_tensors}
+    read = {id(tensor) for layer in model.layers if layer.weights for node in calls_of(layer) for tensor in node.input_tensors}
     found, tensors = [], list(model.outputs)
     while tensors:
-        layer, node, _ = tensors.pop()._keras_history
+        layer, node = origin_of(tensors.pop())
         inner = _distributed(layer)
-        inputs = layer._inbound_nodes[node].input_tensors
+        inputs = node.input_tensors
         if is_graph(inner):
             found += _last_layers(inner)
         elif getattr(inner, "weights", []):
@@ -350,7 +351,7 @@ def to_dense(
     """
     if not isinstance(model, keras.Model) or not is_graph(model) or not model.built:
         raise ValueError(f"`to_dense` takes a built Sequential or functional model. Received: {model!r} of type {type(model).__name__}")
-    if not any(map(keras_twin_of, model._flatten_layers())):
+    if not any(map(keras_twin_of, layers_in(model))):
         raise ValueError(f"'{model.name}' has no ternary layer that could become a standard one.")
 
     def replace(layer):
@@ -358,7 +359,7 @@ def to_dense(
             return _standard(layer, quantize_inputs)
         if not isinstance(layer, layers.Layer) or is_graph(layer) or type(layer) is layers.TimeDistributed:
             return  # an operation, such as `x + y`; or its layers come here themselves
-        if any(isinstance(part, (PackableLayer, Composed)) for part in layer._flatten_layers()):
+        if any(isinstance(part, (PackableLayer, Composed)) for part in layers_in(layer)):
             raise ValueError(
                 f"Layer '{layer.name}' has no namesake among Keras' layers, and is not taken apart. Received: {type(layer).__name__}"
             )
@@ -388,7 +389,7 @@ def _standard(layer, quantize_inputs):
     return keras.Sequential([keras.Input(input_shape[1:]), *parts, twin], name=layer.name) if parts else twin
 
 def _calls(layer):
-    return [tensor for node in layer._inbound_nodes for tensor in node.input_tensors]
+    return [tensor for node in calls_of(layer) for tensor in node.input_tensors]
 
 def _input_shape(layer):
     "The shape of what the layer is called with; sizes that differ between its calls are `None`."
@@ -401,7 +402,7 @@ def _input_shape(layer):
     return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes))
 
 def _normalization(layer, state, input_shape, per_sample):
-    if any(getattr(tensor, "_keras_mask", None) is not None for tensor in _calls(layer)):
+    if any(map(has_mask, _calls(layer))):
         raise ValueError(
             f"Layer '{layer.name}' normalises inputs that have a mask, which Keras' `RMSNormalization` would lose. Only with `norm=None` "
             "it has a counterpart there."

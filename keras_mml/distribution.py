@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import keras
 
+from .keras_private import BACKENDS, held_by, hold, layers_in
 from .layers.composed import Composed
 from .layers.packed import PackableLayer
 
@@ -99,7 +100,7 @@ def process():  # two integers: the number of this process, from 0, and how many
 def _point(variables, module):
     "Give the variables the parameters that the module has now."
     for variable, parameter in zip(variables, module.parameters(recurse=False), strict=True):
-        variable._value = parameter
+        hold(variable, parameter)
 
 def _as_module(function, variables, parts=()):
     "A torch module that has these parameters, and perhaps other modules inside, and calls the function."
@@ -182,7 +183,7 @@ def fully_shard(
     "From now on, each process has a part of each kernel and of the optimizer's state. Each brings its own share of every batch."
     _prepare(model, "fully_shard")
     _refuse_regularizers(model)
-    ternary = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer) and layer.trainable_variables]
+    ternary = [layer for layer in layers_in(model) if isinstance(layer, PackableLayer) and layer.trainable_variables]
     parts = [_shard(layer, layer.trainable_variables, (), options) for layer in ternary]
     taken = {id(variable) for layer in ternary for variable in layer.trainable_variables}
     _shard(model, [variable for variable in model.trainable_variables if id(variable) not in taken], parts, options)
@@ -215,7 +216,7 @@ def _shard_moments(optimizer, variables):
                         f"{tuple(moment.shape)} for a variable of shape {tuple(variable.shape)}"
                     )
                 cut = distribute_tensor(moment.value.data, variable.value.device_mesh, variable.value.placements)
-                moment._value = torch.nn.Parameter(cut, requires_grad=False)
+                hold(moment, torch.nn.Parameter(cut, requires_grad=False))
 
 def _refuse_regularizers(model):
     names = [variable.path for variable in model.trainable_variables if variable.regularizer is not None]
@@ -231,14 +232,14 @@ def gathered(
     model,  # a Keras model that is trained in any of these ways
 ):          # a context in which all variables are whole
     "For as long as the context lasts, variables of the model and its optimizer are whole. All processes must enter it."
-    cut = {id(v): (v, v._value, whole) for v in _state(model) if (whole := _whole(v._value)) is not None}
+    cut = {id(v): (v, held_by(v), whole) for v in _state(model) if (whole := _whole(held_by(v))) is not None}
     try:
         for variable, _, whole in cut.values():
-            variable._value = whole
+            hold(variable, whole)
         yield model
     finally:
         for variable, part, _ in cut.values():
-            variable._value = part
+            hold(variable, part)
 
 def _whole(value):
     "The whole of a tensor whose parts are in several processes; `None` if it is here already."
@@ -254,7 +255,7 @@ def portable(
 ):           # the same, for any backend
     "How a model was compiled, without what is meant for one backend only."
     optimizer = config.get("optimizer") if config else None
-    if isinstance(optimizer, dict) and optimizer["module"].startswith("keras.src.backend."):
+    if isinstance(optimizer, dict) and optimizer["module"].startswith(f"{BACKENDS}."):
         optimizer = {**optimizer, "module": "keras.optimizers", "registered_name": None}
     return {**config, "optimizer": optimizer, "jit_compile": "auto"} if config else config
 

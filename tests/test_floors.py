@@ -10,7 +10,7 @@ pytestmark = pytest.mark.any_backend  # files
 
 PACKAGE = Path(__file__).resolve().parent.parent / "keras_mml"
 FLOORS = (  # from the ground up; a folder stands for all that is in it
-    ("constants", "copies", "datasets", "hdf5", "testing"),
+    ("constants", "copies", "datasets", "hdf5", "keras_private", "testing"),
     ("quantizers", "normalization", "packing"),
     ("native",),
     ("layers",),

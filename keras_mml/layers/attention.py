@@ -7,8 +7,10 @@ __all__ = ['AttentionMML', 'rotate', 'repeat_heads', 'MultiHeadAttentionMML']
 
 # %% ../../nbs/layers/attention.ipynb #9b889e53
 import keras
+import numpy as np
 from keras import ops
 
+from ..keras_private import OpenAttention, projections_of
 from .arguments import check_divides, check_one_of, check_positive_integers
 from .composed import Composed
 from .twins import arguments_of
@@ -119,9 +121,15 @@ def repeat_heads(
     x = ops.broadcast_to(ops.expand_dims(x, -2), (*shape[:-1], times, shape[-1]))
     return ops.reshape(x, (*shape[:-2], shape[-2] * times, shape[-1]))
 
+# %% ../../nbs/layers/attention.ipynb #ea6d86fe
+OF_PARTS = (
+    "use_bias", "kernel_initializer", "bias_initializer", "kernel_regularizer", "bias_regularizer", "activity_regularizer",
+    "kernel_constraint", "bias_constraint",
+)  # fmt: skip
+
 # %% ../../nbs/layers/attention.ipynb #c37533ae
 @keras.saving.register_keras_serializable(package="keras_mml")
-class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
+class MultiHeadAttentionMML(Composed, OpenAttention):
     """`keras.layers.MultiHeadAttention` with ternary projections.
 
     Args:
@@ -174,8 +182,8 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         return cls(**{**config, **options})
 
     def parts_of(self, layer):
-        names = [f"_{name}_dense" for name in ("query", "key", "value", "gate", "output")]
-        return [(getattr(layer, name), getattr(self, name)) for name in names if getattr(layer, name, None) is not None]
+        theirs, ours = projections_of(layer), projections_of(self)
+        return [(theirs[name], ours[name]) for name in theirs]
 
     def __init__(
         self, num_heads, key_dim, value_dim=None, *, num_key_value_heads=None, rotary=False, max_wavelength=10000, fully_mml=True, **kwargs
@@ -192,9 +200,11 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         if rotary and key_dim % 2:
             raise ValueError(f"`rotary=True` turns pairs of features and needs an even `key_dim`. Received: key_dim={key_dim}")
         super().__init__(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, **kwargs)
-        if self._output_shape and len(self._output_shape) > 1:
-            raise ValueError(f"`output_shape` must be one integer here. Received: output_shape={self._output_shape}")
         self.keep(locals())
+        self.of_parts = {name: kwargs[name] for name in OF_PARTS if name in kwargs}
+        self.units = np.ravel(kwargs.get("output_shape") or ()).tolist()
+        if len(self.units) > 1:
+            raise ValueError(f"`output_shape` must be one integer here. Received: output_shape={kwargs['output_shape']}")
         self.use_gate = kwargs.get("use_gate", False)
         self.sliding_window = kwargs.get("sliding_window", None)  # since Keras 3.15
 
@@ -202,22 +212,19 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         key_shape = value_shape if key_shape is None else key_shape
         if self.rotary:
             self._check_one_axis(query_shape, "`rotary=True`")
-        weights = {**self._get_common_kwargs_for_sublayer(), "use_bias": self.use_bias}
-        del weights["dtype"]
         groups, width = self.num_key_value_heads or self.num_heads, self.num_heads * self.value_dim
-        self._query_dense = self.projection(self.num_heads * self.key_dim, name="query", **weights)
-        self._key_dense = self.projection(groups * self.key_dim, name="key", **weights)
-        self._value_dense = self.projection(groups * self.value_dim, name="value", **weights)
-        self._query_dense.build(query_shape), self._key_dense.build(key_shape), self._value_dense.build(value_shape)
+        (units,) = self.units or query_shape[-1:]
+        sizes = dict(query=self.num_heads * self.key_dim, key=groups * self.key_dim, value=groups * self.value_dim)
+        parts = {name: self.projection(size, name=name, **self.of_parts) for name, size in sizes.items()}
         if self.use_gate:
-            self._gate_dense = self.projection(width, activation="sigmoid", name="gate", **weights)
-            self._gate_dense.build(query_shape)
-        self._build_attention(len(value_shape) + 1)
-        (units,) = self._output_shape or (query_shape[-1],)
-        self._output_dense = self.projection(units, ternary=self.fully_mml, name="attention_output", **weights)
-        self._output_dense.build((*query_shape[:-1], width))
+            parts["gate"] = self.projection(width, activation="sigmoid", name="gate", **self.of_parts)
+        parts["output"] = self.projection(units, ternary=self.fully_mml, name="attention_output", **self.of_parts)
+        shapes = dict(key=key_shape, value=value_shape, output=(*query_shape[:-1], width))
+        for name, part in parts.items():
+            part.build(shapes.get(name, query_shape))
+        self.set_projections(len(value_shape) + 1, **parts)
 
-    def _compute_attention(self, query, key, value, *args, **kwargs):
+    def attention(self, query, key, value, *args, **kwargs):
         "Keras' attention, between splitting the projections into heads and joining these again."
         query, key, value = self._split_heads(query, key, value)
         if self.rotary:
@@ -232,7 +239,7 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
     def _attend(self, query, key, value, *args, **kwargs):
         if key.shape[-2] != self.num_heads:
             key, value = (repeat_heads(v, self.num_heads // v.shape[-2]) for v in (key, value))
-        outputs, scores = super()._compute_attention(query, key, value, *args, **kwargs)
+        outputs, scores = super().attention(query, key, value, *args, **kwargs)
         return ops.reshape(outputs, (*ops.shape(outputs)[:-2], self.num_heads * self.value_dim)), scores
 
     def call(
@@ -247,12 +254,13 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         self._check_one_axis(query.shape, "A cache")
         if attention_mask is not None or return_attention_scores:
             raise ValueError(f"With a cache, layer '{self.name}' takes no `attention_mask` and returns no scores.")
-        gate = self._gate_dense(query) if self.use_gate else 1
+        parts = projections_of(self)
+        gate = parts["gate"](query) if self.use_gate else 1
         start, count = ops.shape(cache["keys"])[1], ops.shape(query)[1]
         visible = ops.ones(ops.shape(value)[:2], dtype="bool")
         for mask in (value_mask, key_mask):
             visible = visible if mask is None else ops.logical_and(visible, ops.cast(mask, "bool"))
-        query, key, value = self._query_dense(query), self._key_dense(value if key is None else key), self._value_dense(value)
+        query, key, value = parts["query"](query), parts["key"](value if key is None else key), parts["value"](value)
         query, key, value = self._split_heads(query, key, value)
         if self.rotary:
             query, key = (rotate(v, start, self.max_wavelength) for v in (query, key))
@@ -261,7 +269,7 @@ class MultiHeadAttentionMML(Composed, keras.layers.MultiHeadAttention):
         ago = ops.arange(start, start + count)[:, None] - ops.arange(start + count)  # how long before each query a key was
         seen = (ago >= 0) if self.sliding_window is None else (ago >= 0) & (ago < self.sliding_window)
         outputs, _ = self._attend(query, cache["keys"], cache["values"], seen & cache["visible"][:, None], training)
-        return self._in_compute_dtype(self._output_dense(outputs * gate)), cache
+        return self._in_compute_dtype(parts["output"](outputs * gate)), cache
 
     def _in_compute_dtype(self, x):
         return ops.cast(x, self.compute_dtype)  # on torch, Keras' `Dense` without a bias makes float32 of float64

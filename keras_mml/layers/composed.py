@@ -8,6 +8,7 @@ __all__ = ['Composed', 'stays_float']
 # %% ../../nbs/layers/composed.ipynb #708d248f
 import keras
 
+from ..keras_private import layers_in
 from .dense import DenseMML
 from .options import TernaryOptions
 from .packed import PackableLayer
@@ -37,7 +38,7 @@ class Composed(TernaryOptions):
     @property
     def packed(self):
         "Whether all ternary layers inside are packed."
-        parts = [layer for layer in self._flatten_layers(include_self=False) if isinstance(layer, PackableLayer)]
+        parts = [layer for layer in layers_in(self, include_self=False) if isinstance(layer, PackableLayer)]
         return all(layer.packed for layer in parts) if parts else self.starts_packed
 
     def options(self):

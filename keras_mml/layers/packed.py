@@ -14,6 +14,7 @@ from keras import ops
 
 from .. import quantizers
 from ..copies import copy_of
+from ..keras_private import SAVING, TRAINER, exchange_in_torch, is_marked_trainable, layers_in, without_variable
 from .options import OPTIONS, TernaryOptions
 from .twins import arguments_of, keras_twin_of
 from ..native.operators import callers, packed_linear
@@ -65,7 +66,7 @@ class PackableLayer(TernaryOptions, keras.layers.Layer):
     @property
     def trainable(self):
         "Whether the layer is trained. While it is packed, it is not, whatever is assigned."
-        return self._trainable
+        return is_marked_trainable(self)
 
     @trainable.setter
     def trainable(self, value):
@@ -73,8 +74,7 @@ class PackableLayer(TernaryOptions, keras.layers.Layer):
 
     def check_fit(self, training):
         "Raise a `ValueError` in the `fit` of a model of which nothing is trained. Keras would go through all epochs."
-        trainer = f"keras.src.backend.{keras.backend.backend()}.trainer"
-        models = (frame.f_locals.get("self") for frame in callers(trainer)) if training else ()
+        models = (frame.f_locals.get("self") for frame in callers(TRAINER)) if training else ()
         # while Keras builds a model, layers behind this one have no weights yet
         if any(isinstance(model, keras.Model) and model.built and not model.trainable_variables for model in models):
             raise ValueError(
@@ -135,12 +135,11 @@ class PackableLayer(TernaryOptions, keras.layers.Layer):
         if not self.packed:
             kernel = self.kernel
             kernel.assign(ops.full(kernel.shape, np.nan))  # what still knows it, like a compiled graph, shall be heard
-            self._tracker.unlock()  # Keras locks the set of variables once a layer is built
-            self._untrack_variable(kernel)
-            super(keras.layers.Layer, self).__delattr__("kernel")  # tensorflow would keep it; Keras' own would collect garbage each time
-            self.kernel, self.packed, self.trainable = None, True, False
-            self.add_kernel(self.kernel_shape)
-            self._tracker.lock()
+            with without_variable(self, kernel):
+                # tensorflow would keep the attribute; Keras' own way would collect garbage each time
+                super(keras.layers.Layer, self).__delattr__("kernel")
+                self.kernel, self.packed, self.trainable = None, True, False
+                self.add_kernel(self.kernel_shape)
             _replace_in_torch(model or self, kernel, (self.packed_kernel, self.kernel_scale))
             if isinstance(model, keras.Model):  # compiled functions that know the latent weights
                 model.predict_function = model.test_function = model.train_function = None
@@ -204,14 +203,11 @@ def _replace_in_torch(model, gone, new):
     "Let the torch modules in a model list the new variables instead of the one that is gone."
     if keras.backend.backend() != "torch":
         return
-    modules = {module for layer in model._flatten_layers() for module in layer.modules()}
-    for module in modules:
-        if isinstance(module, keras.layers.Layer) and gone.path in module.torch_params:
-            module._post_untrack_variable(gone)
-            for variable in new:
-                module._post_track_variable(variable)
+    for module in {module for layer in layers_in(model) for module in layer.modules()}:
+        if isinstance(module, keras.layers.Layer):
+            exchange_in_torch(module, gone, new)
 
 def _being_loaded(layer):
     "The outermost layer that Keras is loading weights into; this one if it is asked on its own."
-    loading = [frame.f_locals.get("saveable") for frame in callers("keras.src.saving.saving_lib")]
+    loading = [frame.f_locals.get("saveable") for frame in callers(SAVING)]
     return next((outer for outer in reversed(loading) if isinstance(outer, keras.layers.Layer)), layer)
