@@ -105,6 +105,7 @@ def conversion_plan(
         rows.append(Conversion(path, layer, None if reason else TWINS[type(layer)].__name__, reason, () if reason else _lost(layer)))
     return rows
 
+# %% ../nbs/conversion.ipynb #b9d7bc12
 def _check_graph(function, model):
     if not isinstance(model, keras.Model) or not is_graph(model) or not model.built:
         raise ValueError(
@@ -270,6 +271,7 @@ def _rows(layer, outputs):
         outputs = np.moveaxis(outputs, 1, -1)
     return outputs.reshape(-1, outputs.shape[-1])
 
+# %% ../nbs/conversion.ipynb #ae49f1f5
 def _calibrate(model, copy, pairs, inputs):
     "Fit scales and biases, layer by layer, in the order in which the model calls them."
     for array in keras.tree.flatten(inputs):
@@ -339,6 +341,7 @@ class RoundedInputs(KeepsArguments, layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+# %% ../nbs/conversion.ipynb #6130a46e
 def to_dense(
     model,                  # a built Sequential or functional Keras model with ternary layers, packed or not
     quantize_inputs=False,  # whether inputs are still rounded, by layers of this package
