@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from .keras_private import layers_in
 from .layers.arguments import check_positive_integers
 from .layers.packed import PackableLayer
 from .quantizers import StraightThroughQuantizer, straight_through, to_float32
@@ -59,7 +60,7 @@ def ternary_layers(
     frozen=True,  # whether to include those with `trainable=False`
 ):                # the `PackableLayer`s inside with latent weights, nested ones included, each once
     "The layers whose trits can change. Raises `ValueError` if there are none, and for a model without weights yet."
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
+    layers = [layer for layer in layers_in(model) if isinstance(layer, PackableLayer)]
     latent = [layer for layer in layers if layer.kernel is not None]
     trained = {id(weight) for weight in model.trainable_weights}
     found = [layer for layer in latent if frozen or id(layer.kernel) in trained]
@@ -74,7 +75,7 @@ def _reason(model, layers, latent):
         return "has only frozen ternary layers. Set `trainable=True` for those that are to learn, or leave the callback out"
     if any(layer.packed for layer in layers):
         return "is packed: its latent weights are gone. Train the model it was packed from"
-    if not all(layer.built for layer in model._flatten_layers()):
+    if not all(layer.built for layer in layers_in(model)):
         return "has layers without weights yet. Call it on a batch before `fit`"
     return "has no layer with a ternary kernel. Those of `keras_mml.layers` such as `DenseMML` have one"
 

@@ -25,6 +25,7 @@ import numpy as np
 import keras_mml
 from .conversion import pack
 from .inspection import summary
+from .keras_private import layers_in
 from .layers.packed import PackableLayer
 
 # %% ../nbs/command_line.ipynb #cf11665b
@@ -107,7 +108,7 @@ def bench(arguments):
     model = load(arguments.file)
     _check_shape(model, arguments)
     models = {"model": model}
-    ternary = [layer for layer in model._flatten_layers() if isinstance(layer, PackableLayer)]
+    ternary = [layer for layer in layers_in(model) if isinstance(layer, PackableLayer)]
     if any(not layer.packed for layer in ternary):
         models["packed"] = pack(model)
     rows = [{"batch": batch, **_medians(models, _inputs(model, batch, arguments.shape), arguments.seconds)} for batch in arguments.batch]

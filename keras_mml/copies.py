@@ -14,6 +14,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from .keras_private import children_of, layers_in, own_variables, set_frozen
+
 # %% ../nbs/copies.ipynb #04fa4326
 class _Carrier(str):
     "A string that an object travels with."
@@ -56,7 +58,7 @@ def configuration(
             return [referred(item) for item in value]
         return _Reference(value) if _is_held(value) else value
 
-    parts = layer._flatten_layers() if isinstance(layer, layers.Layer) else [layer]
+    parts = layers_in(layer) if isinstance(layer, layers.Layer) else [layer]
     attributes = [
         (owner, name, value) for part in parts
         for owner in (vars(part), vars(part).get("_modules", {}))  # torch keeps the layers inside apart
@@ -97,7 +99,7 @@ def _clone(model, function):
         clone = keras.models.clone_model(model, clone_function=function)
     finally:
         model.compiled = compiled
-    clone._trainable = model.trainable  # its layers know for themselves whether they are frozen
+    set_frozen(clone, model.trainable)  # its layers know for themselves whether they are frozen
     return clone
 
 # %% ../nbs/copies.ipynb #b7de33d8
@@ -119,8 +121,8 @@ def _again(layer, fresh, referred):
 
 def _referred_to(model):
     "The identities of layers inside that are not made by what holds them: shared ones, wrapped ones, and those that Keras does not know."
-    parts = {id(part): part for part in model._flatten_layers()} if isinstance(model, layers.Layer) else {}
-    places = Counter(key for part in parts.values() for key in {id(child) for child in part._layers})
+    parts = {id(part): part for part in layers_in(model)} if isinstance(model, layers.Layer) else {}
+    places = Counter(key for part in parts.values() for key in {id(child) for child in children_of(part, "layers")})
     wrapped = {id(part.layer) for part in parts.values() if isinstance(part, layers.Wrapper)}
     return {key for key, part in parts.items() if places[key] > 1 or key in wrapped or not _is_known(type(part))}
 
@@ -147,15 +149,12 @@ def carry_state(
             f"'{old.name}' could not be copied: made again from its configuration, it cannot load what it saved. Check its `get_config` "
             f"and `build`, or pack the model itself with `pack(model, in_place=True)`. {_first_line(error)}"
         ) from error
-    for ours, theirs in zip(_own_variables(old), _own_variables(new)):
+    for ours, theirs in zip(own_variables(old), own_variables(new)):
         if ours.shape == theirs.shape:
             theirs.assign(_array(ours))
 
 def _array(value):
     return np.array(ops.convert_to_numpy(value))
-
-def _own_variables(part):
-    return part._trainable_variables + part._non_trainable_variables if isinstance(part, layers.Layer) else part.variables
 
 # %% ../nbs/copies.ipynb #f9cbed45
 def copy_of(
@@ -188,8 +187,8 @@ def _settle(old, new, made, done):
     if isinstance(old, layers.Layer):
         _build_like(old, new)
     carry_state(old, new)
-    for kind in ("_layers", "_metrics"):
-        children = [getattr(part, kind, []) for part in (old, new)]
+    for kind in ("layers", "metrics"):
+        children = [children_of(part, kind) for part in (old, new)]
         if len(children[0]) != len(children[1]):
             raise ValueError(
                 f"'{old.name}' could not be copied: made again from its configuration, it has other layers. Check its `get_config` and "

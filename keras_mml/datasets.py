@@ -7,6 +7,7 @@ __all__ = ['MNIST_SHA256', 'check_sha256', 'mnist_file', 'load_mnist']
 
 # %% ../nbs/datasets.ipynb #ab0b5901
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import keras
@@ -30,8 +31,8 @@ def check_sha256(
 # %% ../nbs/datasets.ipynb #bc1f2659
 def mnist_file():  # a `pathlib.Path`, or `None` when the package was installed without the data
     "The bundled MNIST file of a checkout."
-    import keras_mml
-    path = Path(keras_mml.__file__).parent.parent / "nbs" / "data" / "mnist.npz"
+    package = importlib.util.find_spec("keras_mml").origin
+    path = Path(package).parent.parent / "nbs" / "data" / "mnist.npz"
     return path if path.is_file() else None
 
 # %% ../nbs/datasets.ipynb #205a70cb

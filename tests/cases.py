@@ -99,6 +99,7 @@ CASES = [
     Case(Conv1DMML, dict(filters=6, kernel_size=3, groups=2, strides=2), S, (2, 7, 6), 2, masks=False),
     Case(Conv2DMML, dict(filters=5, kernel_size=3, padding="same", norm_gain=True), I, (2, 8, 8, 5), 3, masks=False),
     Case(Conv2DMML, dict(filters=5, kernel_size=(2, 3), strides=2, scale="channel", use_bias=False), I, (2, 4, 3, 5), 1, masks=False),
+    Case(Conv3DMML, dict(filters=5, kernel_size=(2, 3, 3), strides=(1, 2, 2), padding="same"), (2, 3, 6, 6, 4), (2, 3, 3, 3, 5), 2, masks=False),
     Case(DepthwiseConv2DMML, dict(kernel_size=3, depth_multiplier=2), I, (2, 6, 6, 8), 2, masks=False),
     Case(RMSNorm, dict(use_bias=True), (2, 8), (2, 8), 2),
 ]  # fmt: skip

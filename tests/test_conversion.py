@@ -5,13 +5,15 @@ import functools
 import keras
 import numpy as np
 import pytest
-from cases import BACKEND, array, packable
+from cases import BACKEND, CASES, array, each, packable
 from keras import layers, ops
 
 from keras_mml import layers as matmul_free
 from keras_mml import pack, summary
 from keras_mml.conversion import conversion_plan, fit_scale, ternarize, to_dense
+from keras_mml.layers.options import OPTIONS
 from keras_mml.layers.packed import PackableLayer
+from keras_mml.layers.twins import TWINS
 from keras_mml.quantizers import AbsmeanTernary
 
 
@@ -97,6 +99,24 @@ def test_twins_compute_what_ternary_weights_would_in_the_float_model(build, coun
     floats, latent, shipped = (summary(m).to_dict()["total"] for m in (model, again, packed))
     assert floats["ternary_parameters"] == 0 < latent["ternary_parameters"] == shipped["ternary_parameters"]
     assert floats["parameters"] == latent["parameters"] and shipped["bytes_packed"] == latent["bytes_packed"] < floats["bytes_packed"]
+
+
+@each([case for case in CASES if issubclass(case.cls, PackableLayer) and case.arguments.get("padding") != "causal"])
+def test_layers_of_one_kernel_go_there_and_back(case):
+    "With the same arguments, the weights but for their rounding, and the same numbers where inputs are rounded."
+    cls, theirs = case.cls, case.cls.keras_twins[0]
+    arguments = {name: value for name, value in case.arguments.items() if name not in OPTIONS}
+    model = shaken(keras.Sequential([case.input(), theirs(**arguments)]))
+    ternary = ternarize(model, last=True, verbose=False)
+    back = to_dense(ternary, quantize_inputs=True)
+    ours, again = ternary.layers[-1], back.layers[-1].layers[-1]
+    assert type(ours) is TWINS[theirs] is cls and type(again) is theirs
+    assert again.get_config() == model.layers[-1].get_config()
+    assert {name: ours.get_config()[name] for name in arguments} == {name: again.get_config()[name] for name in arguments}
+    x = case.data()
+    np.testing.assert_allclose(array(back(x)), array(ternary(x)), rtol=1e-4, atol=1e-4)
+    kernel = array(model.layers[-1].kernel)
+    assert np.corrcoef(array(again.kernel).ravel(), kernel.ravel())[0, 1] > 0.5
 
 
 def test_the_model_stays_as_it_was_and_the_copy_is_compiled_like_it(tmp_path):

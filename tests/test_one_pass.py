@@ -9,9 +9,9 @@ from keras import ops
 
 from keras_mml import pack
 from keras_mml.layers import DenseMML
-from keras_mml.layers.normalization import rms_normalize
 from keras_mml.native import kernels, training
 from keras_mml.native.training import by_operations, in_one_pass, ternary_linear
+from keras_mml.normalization import rms_normalize
 from keras_mml.quantizers import absmean_ternary
 
 BACKEND = keras.backend.backend()

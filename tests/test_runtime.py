@@ -141,7 +141,7 @@ def test_a_convolution_rounds_as_keras_does():
     layer = Conv2DMML(4, 3)
     x = np.random.normal(size=(64, 14, 14, 8)).astype("float32")
     model, content = sequential((14, 14, 8), layer)
-    from keras_mml.layers.normalization import rms_normalize
+    from keras_mml.normalization import rms_normalize
     rows = x.reshape(64, -1)
     q, scale = (ops.convert_to_numpy(v) for v in layer.activation_quantizer.quantize(rms_normalize(rows)))
     ours, our_scale = kernels.quantize_rows(rows, None, True, 8)

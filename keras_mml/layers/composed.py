@@ -8,39 +8,37 @@ __all__ = ['Composed', 'stays_float']
 # %% ../../nbs/layers/composed.ipynb #708d248f
 import keras
 
+from ..keras_private import layers_in
 from .dense import DenseMML
+from .options import TernaryOptions
 from .packed import PackableLayer
 
 # %% ../../nbs/layers/composed.ipynb #3f3c47ec
-class Composed:
+class Composed(TernaryOptions):
     """Mixin for layers that are made of `DenseMML` and other layers.
 
     A subclass makes its parts with `projection`, in its constructor or in its `build`, and builds them in its `build`.
 
     Args:
-        norm, norm_gain, scale, activation_bits: options of every ternary layer inside, as in `DenseMML`.
         packed: whether the ternary layers inside start packed. Configurations of packed layers say so.
-        *args, **kwargs: the arguments of the class that is mixed with.
+        *args, **kwargs: the options of `TernaryOptions`, for every ternary layer inside, and the arguments of the class that is mixed with.
 
-    Raises:
-        ValueError: for an invalid option, as `DenseMML` raises it.
+    Attributes:
+        leads_back: tuple of names of the parts that a layer ends with, such as `("down",)`: model parallel training cuts their kernels
+            along the inputs, and all others along the outputs.
     """
 
-    def __init__(self, *args, norm="rms", norm_gain=False, scale="tensor", activation_bits=8, packed=False, **kwargs):
+    leads_back = ()
+
+    def __init__(self, *args, packed=False, **kwargs):
         super().__init__(*args, **kwargs)
-        options = dict(norm=norm, norm_gain=norm_gain, scale=scale, activation_bits=activation_bits)
-        template = DenseMML(1, name="template", **options)  # checks them
-        self.norm = norm
-        self.norm_gain = norm_gain
-        self.scale = template.scale
-        self.activation_bits = template.activation_bits
         self.starts_packed = packed
         self.supports_masking = True
 
     @property
     def packed(self):
         "Whether all ternary layers inside are packed."
-        parts = [layer for layer in self._flatten_layers(include_self=False) if isinstance(layer, PackableLayer)]
+        parts = [layer for layer in layers_in(self, include_self=False) if isinstance(layer, PackableLayer)]
         return all(layer.packed for layer in parts) if parts else self.starts_packed
 
     def options(self):
@@ -58,15 +56,11 @@ class Composed:
             return DenseMML(units, **self.options(), **kwargs)
         return stays_float(keras.layers.Dense(units, dtype=self.dtype_policy, trainable=self.trainable, **kwargs))
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "norm": self.norm,
-            "norm_gain": self.norm_gain,
-            "scale": keras.saving.serialize_keras_object(self.scale),
-            "activation_bits": keras.saving.serialize_keras_object(self.activation_bits),
-            "packed": self.packed,
-        }
+    def of_projections(self, kernel="kernel"):
+        "What the layer was told of the weights inside, for `projection`; `kernel` is what it calls their kernels in its arguments."
+        weights = {"kernel": self.of_weight(kernel), "bias": self.of_weight("bias")}
+        named = {f"{weight}_{kind}": value for weight, kinds in weights.items() for kind, value in kinds.items()}
+        return {"use_bias": self.use_bias, **named}
 
 # %% ../../nbs/layers/composed.ipynb #28106c04
 def _fresh(initializer):

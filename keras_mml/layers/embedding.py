@@ -9,12 +9,12 @@ __all__ = ['TokenEmbedding', 'Patches', 'PatchEmbedding']
 import keras
 from keras import ops
 
-from .arguments import check_positive_integers
+from .arguments import KeepsArguments, check_positive_integers
 from .composed import Composed, stays_float
 
 # %% ../../nbs/layers/embedding.ipynb #6fdd87c7
 @keras.saving.register_keras_serializable(package="keras_mml")
-class TokenEmbedding(keras.layers.Layer):
+class TokenEmbedding(KeepsArguments, keras.layers.Layer):
     """A vector for each token, and optionally one for its place.
 
     Args:
@@ -50,11 +50,7 @@ class TokenEmbedding(keras.layers.Layer):
     def __init__(self, max_len, vocab_size, embedding_dim, with_positions=False, mask_zero=False, **kwargs):
         check_positive_integers(max_len=max_len, vocab_size=vocab_size, embedding_dim=embedding_dim)
         super().__init__(autocast=False, **kwargs)  # half precision would round large token numbers
-        self.max_len = max_len
-        self.vocab_size = vocab_size
-        self.embedding_dim = embedding_dim
-        self.with_positions = with_positions
-        self.mask_zero = mask_zero
+        self.keep(locals())
         options = dict(dtype=self.dtype_policy, trainable=self.trainable)
         self.tokens = stays_float(keras.layers.Embedding(vocab_size, embedding_dim, name="tokens", **options))
         self.positions = (
@@ -98,19 +94,9 @@ class TokenEmbedding(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return (*input_shape, self.embedding_dim)
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "max_len": self.max_len,
-            "vocab_size": self.vocab_size,
-            "embedding_dim": self.embedding_dim,
-            "with_positions": self.with_positions,
-            "mask_zero": self.mask_zero,
-        }
-
 # %% ../../nbs/layers/embedding.ipynb #67c0fb34
 @keras.saving.register_keras_serializable(package="keras_mml")
-class Patches(keras.layers.Layer):
+class Patches(KeepsArguments, keras.layers.Layer):
     """Cut images into square patches, row by row.
 
     Args:
@@ -140,7 +126,7 @@ class Patches(keras.layers.Layer):
     def __init__(self, patch_size, **kwargs):
         check_positive_integers(patch_size=patch_size)
         super().__init__(**kwargs)
-        self.patch_size = patch_size
+        self.keep(locals())
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
     def call(self, inputs):
@@ -161,9 +147,6 @@ class Patches(keras.layers.Layer):
 
     def build(self, input_shape):
         self.compute_output_shape(input_shape)
-
-    def get_config(self):
-        return {**super().get_config(), "patch_size": self.patch_size}
 
 # %% ../../nbs/layers/embedding.ipynb #a150382b
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -199,10 +182,7 @@ class PatchEmbedding(Composed, keras.layers.Layer):
     def __init__(self, num_patches, embedding_dim, use_mml=True, with_positions=False, **kwargs):
         check_positive_integers(num_patches=num_patches, embedding_dim=embedding_dim)
         super().__init__(**kwargs)
-        self.num_patches = num_patches
-        self.embedding_dim = embedding_dim
-        self.use_mml = use_mml
-        self.with_positions = with_positions
+        self.keep(locals())
         self.patches = self.projection(embedding_dim, ternary=use_mml, name="patches")
         self.positions = None
         if with_positions:
@@ -228,12 +208,3 @@ class PatchEmbedding(Composed, keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.embedding_dim)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_patches": self.num_patches,
-            "embedding_dim": self.embedding_dim,
-            "use_mml": self.use_mml,
-            "with_positions": self.with_positions,
-        }

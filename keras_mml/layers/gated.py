@@ -9,7 +9,7 @@ __all__ = ['default_intermediate_size', 'GLUMML', 'BilinearMML', 'ReGLUMML', 'Ge
 import math
 
 import keras
-from keras import activations, constraints, initializers, ops, regularizers
+from keras import ops
 
 from .arguments import check_positive_integers, defined_last_dimension
 from .composed import Composed
@@ -63,6 +63,8 @@ class GLUMML(Composed, keras.layers.Layer):
     Reference: Zhu et al., *Scalable MatMul-free Language Modeling*, arXiv 2406.02528, §3.3.2.
     """
 
+    leads_back = ("down",)
+
     def __init__(
         self,
         units,
@@ -86,32 +88,17 @@ class GLUMML(Composed, keras.layers.Layer):
                 f"Received an invalid value for `hidden_ratio`, expected a positive number. Received: hidden_ratio={hidden_ratio!r}"
             )
         super().__init__(**kwargs)
-        self.units = units
-        self.hidden_ratio = hidden_ratio
-        self.intermediate_size = intermediate_size
+        self.keep(locals())
         self.requested_size = intermediate_size
-        self.activation = activations.get(activation)
-        self.use_bias = use_bias
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
         self.gate_and_up = None
         self.down = None
 
     def build(self, input_shape):
         input_dim = defined_last_dimension(self, input_shape)
         self.intermediate_size = self.requested_size or default_intermediate_size(input_dim, self.hidden_ratio)
-        weights = dict(
-            use_bias=self.use_bias, kernel_initializer=self.kernel_initializer, bias_initializer=self.bias_initializer,
-            kernel_regularizer=self.kernel_regularizer, bias_regularizer=self.bias_regularizer,
-            kernel_constraint=self.kernel_constraint, bias_constraint=self.bias_constraint,
-        )  # fmt: skip
-        self.gate_and_up = self.projection(2 * self.intermediate_size, name="gate_and_up", **weights)
+        self.gate_and_up = self.projection(2 * self.intermediate_size, name="gate_and_up", **self.of_projections())
         self.gate_and_up.build(input_shape)
-        self.down = self.projection(self.units, name="down", **weights)
+        self.down = self.projection(self.units, name="down", **self.of_projections())
         self.down.build((*input_shape[:-1], self.intermediate_size))
 
     def call(self, inputs):
@@ -122,20 +109,7 @@ class GLUMML(Composed, keras.layers.Layer):
         return (*input_shape[:-1], self.units)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "units": self.units,
-            "hidden_ratio": self.hidden_ratio,
-            "intermediate_size": self.requested_size,
-            "activation": activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": constraints.serialize(self.kernel_constraint),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
-        }
+        return {**super().get_config(), "intermediate_size": self.requested_size}
 
 # %% ../../nbs/layers/gated.ipynb #4e4d602b
 @keras.saving.register_keras_serializable(package="keras_mml")
@@ -157,6 +131,7 @@ class BilinearMML(GLUMML):
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="linear", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
+# %% ../../nbs/layers/gated.ipynb #bab8c355
 @keras.saving.register_keras_serializable(package="keras_mml")
 class ReGLUMML(GLUMML):
     """`GLUMML` with a rectified gate (arXiv 2002.05202, §2).
@@ -176,6 +151,7 @@ class ReGLUMML(GLUMML):
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="relu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
+# %% ../../nbs/layers/gated.ipynb #84d09c55
 @keras.saving.register_keras_serializable(package="keras_mml")
 class GeGLUMML(GLUMML):
     """`GLUMML` with the Gaussian error linear unit as its gate (arXiv 2002.05202, §2).
@@ -195,6 +171,7 @@ class GeGLUMML(GLUMML):
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="gelu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
+# %% ../../nbs/layers/gated.ipynb #af8592c6
 @keras.saving.register_keras_serializable(package="keras_mml")
 class SeGLUMML(GLUMML):
     """`GLUMML` with the scaled exponential linear unit (arXiv 1706.02515) as its gate.
@@ -214,6 +191,7 @@ class SeGLUMML(GLUMML):
     def __init__(self, units, hidden_ratio=4, intermediate_size=None, activation="selu", **kwargs):
         super().__init__(units, hidden_ratio, intermediate_size, activation, **kwargs)
 
+# %% ../../nbs/layers/gated.ipynb #20a31c7b
 @keras.saving.register_keras_serializable(package="keras_mml")
 class SwiGLUMML(GLUMML):
     """`GLUMML` with the sigmoid linear unit, also called swish, as its gate: the one that language models use (arXiv 2002.05202, §2).

@@ -67,15 +67,7 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
         check_one_of("mixer", mixer, ("gru", "softmax"))
         check_one_of("fully_mml", fully_mml, (True, False))
         super().__init__(**kwargs)
-        self.embedding_dim = embedding_dim
-        self.ffn_dim = ffn_dim
-        self.num_heads = num_heads
-        self.fully_mml = fully_mml
-        self.rate = rate
-        self.mixer = mixer
-        self.causal = causal
-        self.num_key_value_heads = num_key_value_heads
-        self.rotary = rotary
+        self.keep(locals())
         self.forget_lower_bound = np.asarray(forget_lower_bound).tolist()  # NumPy's numbers are not for configurations
         if mixer == "gru":
             self.mixing = AttentionMML(
@@ -131,18 +123,3 @@ class TransformerBlockMML(Composed, keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "embedding_dim": self.embedding_dim,
-            "ffn_dim": self.ffn_dim,
-            "num_heads": self.num_heads,
-            "fully_mml": self.fully_mml,
-            "rate": self.rate,
-            "mixer": self.mixer,
-            "causal": self.causal,
-            "num_key_value_heads": self.num_key_value_heads,
-            "rotary": self.rotary,
-            "forget_lower_bound": self.forget_lower_bound,
-        }

@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from ..constants import largest_integer
-from ..layers.normalization import rms_normalize
+from ..normalization import rms_normalize
 from . import kernels
 from ..packing import BLOCK_DIM, BLOCK_UNITS
 from ..quantizers import absmax_int, to_float32

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from ..constants import largest_integer
-from ..layers.normalization import rms_normalize
+from ..normalization import rms_normalize
 from . import kernels
 from . import operators
 from .operators import EXPORTERS, callers, library
