@@ -54,7 +54,7 @@ nbdev_test = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timi
 pytest = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 everything = --doctest-modules keras_mml tests
 # Without pages where nothing depends on the backend, or that hand their models to a process with torch; run short, without those that tests/ repeats
-library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^($(1)|build|chain|constants|datasets|distribution|export|hdf5|index|kernels|module|numpy_layers|packing|runtime|threads|vectors|wasm|command_line|[_.])'
+library = --skip_folder_re '^(tutorials|benchmarks|explanations|how-to|[_.])' --skip_file_re '^($(1)|build|chain|constants|datasets|distribution|export|hdf5|index|kernels|module|packing|runtime|threads|vectors|wasm|command_line|[_.])'
 repeated = callbacks|conversion|inspection|recurrent|transformer
 
 test: lint ## run the notebooks, short, the docstring examples and tests/ on torch

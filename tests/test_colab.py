@@ -33,7 +33,7 @@ def name(path):
 def test_the_first_cell_installs_what_is_imported(path):
     cells = code_cells(path)
     install = next(cell for cell in cells if not re.fullmatch(r"#\| default_exp \S+\s*", cell))
-    in_checkout = path.parent.name in ("native", "graph")  # what they need is in no wheel
+    in_checkout = path.parent.name == "native"  # what they need is in no wheel
     clone, package = ("    !git clone [^\n]*\n", f'-e "{CHECKOUT}"') if in_checkout else ("", f'"{PACKAGE}"')
     assert re.match(f'#\\| hide\nimport sys\nif "google.colab" in sys.modules:\n{clone}    %pip install -q ', install), install
     assert package in install and sum("google.colab" in cell for cell in cells) == 1

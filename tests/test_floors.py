@@ -16,7 +16,7 @@ FLOORS = (  # from the ground up; a folder stands for all that is in it
     ("layers",),
     ("graph",),
     ("conversion", "callbacks", "distribution"),
-    ("numpy_layers", "runtime", "export"),
+    ("runtime", "export"),
     ("inspection",),
     ("keras_mml",),  # the names that `import keras_mml` brings
     ("command_line",),

@@ -30,7 +30,6 @@ from keras_mml.layers import (
     Conv2DMML,
     DenseMML,
     DepthwiseConv2DMML,
-    MultiHeadAttentionMML,
     PatchEmbedding,
     Patches,
     RMSNorm,
@@ -92,7 +91,7 @@ MODELS = {
 
 
 def test_every_layer_predicts_what_it_predicts_in_keras():
-    cases = [case for case in CASES + VARIANTS if case.cls is not MultiHeadAttentionMML]
+    cases = CASES + VARIANTS
     model, content = saved(side_by_side(cases))
     x = data_side_by_side(cases, 50)
     expected, received = model.predict(x, verbose=0), runtime.load(content)(x)
@@ -121,7 +120,7 @@ def test_a_graph_with_several_inputs_and_outputs():
     expected, received = model.predict(given, verbose=0), loaded(given)
     assert received.keys() == {"one", "two"} and len(received["two"]) == 2
     assert_rounded_alike(expected, received)
-    with pytest.raises(ValueError, match="takes a dict of 2 inputs"):
+    with pytest.raises(ValueError, match="takes a dictionary with"):
         loaded(given["first"])
 
 
@@ -129,7 +128,7 @@ def test_integers_are_equal_bit_by_bit():
     "Outputs of a chain without functions that are rounded differently, one row, a few, and many; so are the sums and the rounded inputs."
     model, content = sequential((28, 28), layers.Flatten(), *[DenseMML(96, "relu", norm_gain=bool(i % 2)) for i in range(3)], DenseMML(10))
     loaded = runtime.load(content)
-    assert [type(call.function).__name__ for call in loaded.calls] == ["Chain"] and loaded.fast
+    assert [node.operation for node in loaded.program.graph.nodes] == ["Chain"] and loaded.fast
     x = np.random.normal(size=(1200, 28, 28)).astype("float32")
     x[3], x[5, 2, 2], x[7, 0, 0] = 0, np.nan, np.inf
     for rows in (1, 2, 6, 100, 1200):
@@ -229,17 +228,17 @@ def test_a_language_model_writes_step_by_step(mixer, positions):
     for t in range(5, 24):
         step, cache = loaded(tokens[:, [t]], cache=cache)
         outputs = np.concatenate([outputs, step], axis=1)
-        sizes.add(sum(np.asarray(part).nbytes for state in cache.values() for part in (state if isinstance(state, tuple) else [state])))
+        sizes.add(sum(part.nbytes for part in keras.tree.flatten(cache)))
     assert_rounded_alike(whole, outputs)
     assert len(sizes) == (1 if mixer == "gru" else 19)
-    with pytest.raises(ValueError, match="Tokens must be from 0 to 29"):
+    with pytest.raises(ValueError, match="tokens.*out of bounds"):
         loaded(np.full((1, 24), 30))
 
 
 @pytest.mark.any_backend
 def test_steps_need_layers_that_allow_them():
     model = runtime.load(sequential((6, 4), Conv1DMML(4, 2, padding="causal", name="looks_back"), GRUMML(4, return_sequences=True))[1])
-    with pytest.raises(ValueError, match="'looks_back' looks at all steps at once"):
+    with pytest.raises(ValueError, match="cannot go step by step: a layer that has no cache"):
         model.get_initial_cache()
 
 
@@ -263,24 +262,60 @@ class Doubling(keras.layers.Layer):
         return 2 * x
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
-    "shape, dtype, part, message",
+    "shape, dtype, part",
     [
-        ((4,), "float32", Doubling(name="mine"), "Layer 'mine' of class Doubling is not known"),
-        ((4, 4), "float32", layers.LSTM(4, name="memory"), "Layer 'memory' of class LSTM is not known"),
-        ((4,), "int32", TokenEmbedding(4, 9, 4, mask_zero=True, name="words"), "Layer 'words' of class TokenEmbedding: `mask_zero`"),
-        ((4, 4), "float32", GRUMML(4, stateful=False, return_sequences=True, dtype="mixed_float16", name="half"), "Layer 'half' of class GRUMML: .*float32"),
-        ((4,), "float32", layers.Dense(4, activation=layers.PReLU(), name="odd"), "Layer 'odd' of class Dense: The runtime has no activation"),
-        ((4, 4), "float32", layers.BatchNormalization(axis=1, name="first"), "Layer 'first' of class BatchNormalization: .*axis=1"),
-        ((4,), "float32", layers.Lambda(lambda x: x, name="code"), "Layer 'code' of class Lambda is not known"),
+        ((4,), "float32", lambda: Doubling()),
+        ((4, 4), "float32", lambda: layers.LSTM(4)),
+        ((4, 4), "float32", lambda: layers.Bidirectional(layers.GRU(3, return_sequences=True))),
+        ((4,), "int32", lambda: TokenEmbedding(4, 9, 4, mask_zero=True)),
+        ((4, 4), "float32", lambda: GRUMML(4, return_sequences=True, dtype="mixed_bfloat16")),
+        ((4,), "float32", lambda: layers.Dense(4, activation=layers.PReLU())),
+        ((4, 4), "float32", lambda: layers.BatchNormalization(axis=1)),
+        ((4,), "float32", lambda: layers.Lambda(lambda x: ops.sin(x) + 1)),
+        ((4, 4), "float32", lambda: layers.TimeDistributed(layers.Dense(2))),
     ],
-    ids=lambda v: v.name if isinstance(v, layers.Layer) else "",
-)
-def test_unknown_layers_are_named(shape, dtype, part, message):
-    _, content = sequential(shape, part, DenseMML(3), dtype=dtype)
-    with pytest.raises(ValueError, match=message):
+)  # fmt: skip
+def test_layers_of_anybody(shape, dtype, part):
+    model, content = sequential(shape, part(), DenseMML(3), dtype=dtype)
+    x = np.random.normal(size=(60, *shape)) if dtype == "float32" else np.random.randint(0, 9, (60, *shape))
+    gaps = differences(model.predict(x.astype(dtype), verbose=0), runtime.load(content)(x))
+    assert (gaps > 1e-5).mean() <= 0.2 and gaps.max() < 0.05  # bfloat16 rounds
+
+
+@keras.saving.register_keras_serializable(package="somebody")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.head = DenseMML(2)
+
+    def call(self, x):
+        return ops.tanh(self.head(x)) * 2
+
+
+@pytest.mark.any_backend
+def test_a_subclassed_model():
+    model = Subclassed()
+    x = np.random.normal(size=(50, 4)).astype("float32")
+    model(x)
+    packed, content = saved(model)
+    assert_rounded_alike(packed.predict(x, verbose=0), runtime.load(content)(x))
+
+
+@pytest.mark.any_backend
+def test_what_cannot_be_traced_is_said_when_it_is_loaded():
+    _, content = sequential((4,), layers.Lambda(lambda x: x + keras.random.normal((4,)), name="noise"), DenseMML(3))
+    with pytest.raises(ValueError, match="could not be written as a graph when it was saved. .* draw random numbers"):
         runtime.load(content)
+
+
+@pytest.mark.any_backend
+def test_files_from_before_there_were_graphs():
+    parts = parts_of(sequential((4,), DenseMML(3))[1])
+    with pytest.raises(ValueError, match="saved by an earlier version of keras_mml. Load it with Keras"):
+        runtime.load(rebuilt({name: data for name, data in parts.items() if "graph" not in name}))
+    with pytest.raises(ValueError, match="A later version of keras_mml wrote it. Received: version=2"):
+        runtime.load(described(parts, lambda description: description | {"version": 2}))
 
 
 @pytest.mark.any_backend
@@ -292,9 +327,9 @@ def test_foreign_files(tmp_path):
     with zipfile.ZipFile(bare, "w") as archive:
         archive.writestr("readme.txt", "nothing")
     files = {
-        "unpacked.keras": (unpacked, "'ternary' of class DenseMML: It is not packed. Pack the model first"), "empty.keras": (b"", "It is empty"),
+        "unpacked.keras": (unpacked, "It does not say what the model computes: the model has no packed layers"), "empty.keras": (b"", "It is empty"),
         "text.keras": (b"hello " * 99, "no Keras file"), "weights.keras": ((tmp_path / "a.weights.h5").read_bytes(), "an HDF5 file"),
-        "archive.keras": (bare.getvalue(), "has no 'config.json'"), "half.keras": (content[: len(content) // 2], "cannot be loaded"),
+        "archive.keras": (bare.getvalue(), "has no 'model.weights.h5'"), "half.keras": (content[: len(content) // 2], "cannot be loaded"),
     }  # fmt: skip
     for name, (data, message) in files.items():
         (tmp_path / name).write_bytes(data)
@@ -322,56 +357,68 @@ def parts_of(content):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize("mask", ["true", "5", '["x"]'])
-def test_arguments_beside_the_inputs_are_named(mask):
-    inputs = keras.Input((4,))
-    parts = parts_of(saved(keras.Model(inputs, DenseMML(3)(layers.BatchNormalization()(inputs, mask=None))))[1])
-    assert runtime.load(rebuilt(parts))(np.zeros((2, 4), "float32")).shape == (2, 3)
-    config = parts["config.json"].decode()
-    assert config.count('"mask": null') == 1
-    with pytest.raises(ValueError, match="'batch_normalization.*more than its inputs: \\['mask'\\]"):
-        runtime.load(rebuilt({**parts, "config.json": config.replace('"mask": null', f'"mask": {mask}')}))
+GRAPH = "graph.npz"
 
 
-@pytest.mark.any_backend
-def test_a_layer_with_a_second_input_is_refused_with_its_inputs():
+def described(parts, change):
+    "The file with another description, which a function makes of the one it has."
+    return written(parts, lambda text: json.dumps(change(json.loads(text))).encode())
+
+
+def written(parts, change):
+    "The file with another text of the description."
+    (name,) = (name for name in parts if name.endswith(GRAPH))
+    inner, array = parts_of(parts[name]), io.BytesIO()
+    np.save(array, np.frombuffer(change(np.load(io.BytesIO(inner["description.npy"])).tobytes()), np.uint8))
+    return rebuilt({**parts, name: rebuilt({**inner, "description.npy": array.getvalue()})})
+
+
+def test_a_layer_with_a_second_input():
     sequences, state = keras.Input((5, 4)), keras.Input((6,))
-    _, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
-    with pytest.raises(ValueError, match="GRUMML: The runtime knows it with one input. Received: sequences, initial_state"):
-        runtime.load(content)
+    model, content = saved(keras.Model([sequences, state], GRUMML(6)(sequences, initial_state=state)))
+    x = [np.random.normal(size=(50, *size)).astype("float32") for size in ((5, 4), (6,))]
+    assert_rounded_alike(model.predict(x, verbose=0), runtime.load(content)(x))
 
 
 @pytest.mark.any_backend
 def test_a_repacked_archive_loads_and_a_bomb_does_not():
     _, content = sequential((4,), DenseMML(3))
     assert runtime.load(rebuilt(parts_of(content), compression=zipfile.ZIP_DEFLATED)).name
-    for name in ("config.json", "model.weights.h5"):
+    for name in (name for name in parts_of(content) if name.endswith((GRAPH, ".h5"))):
         bomb = rebuilt({**parts_of(content), name: bytes(2**26)}, compression=zipfile.ZIP_DEFLATED)
         with pytest.raises(ValueError, match=f"'{name}' is not stored as Keras does"):
             runtime.load(bomb)
-    deep = rebuilt({**parts_of(content), "config.json": "[" * 100_000})
+    inner = rebuilt({"description.npy": bytes(2**26)}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="'description.npy' is not stored"):
+        runtime.load(rebuilt({name: inner if name.endswith(GRAPH) else data for name, data in parts_of(content).items()}))
     with pytest.raises(ValueError, match="cannot be loaded"):
-        runtime.load(deep)
+        runtime.load(written(parts_of(content), lambda text: b"[" * 100_000))
 
 
 @pytest.mark.any_backend
 def test_no_size_in_a_file_is_believed():
-    config = json.loads(parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])["config.json"])
-    parts = parts_of(sequential((4, 4, 2), layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3))[1])
-    for layer, argument, value in ((1, "padding", [[10**9, 10**9]] * 2), (2, "size", [10**6, 10**6]), (3, "pool_size", [10**5, 10**5]), (3, "strides", [0, 0])):
-        changed = json.loads(json.dumps(config))
-        changed["config"]["layers"][layer]["config"][argument] = value
+    part = layers.ZeroPadding2D(1), layers.UpSampling2D(2), layers.MaxPooling2D(2, padding="same"), layers.Flatten(), DenseMML(3)
+    parts = parts_of(sequential((4, 4, 2), *part)[1])
+    for operation, argument, value in (("Pad", "pad_width", [[0, 0], [10**9, 10**9], [10**9, 10**9], [0, 0]]), ("Repeat", "repeats", 10**9),
+                                       ("MaxPool", "pool_size", [10**5, 10**5]), ("MaxPool", "strides", [0, 0]), ("Reshape", "newshape", [10**9])):
+
+        def enlarged(description, operation=operation, argument=argument, value=value):
+            nodes = [node for node in description["graph"]["nodes"] if node[0] == operation] if "graph" in description else []
+            for node in nodes:
+                node[1]["dict"][argument] = value
+            return description
+
+        assert f'["{operation}"'.encode() in np.load(io.BytesIO(next(parts[name] for name in parts if name.endswith(GRAPH))))["description"].tobytes()
         tracemalloc.start()
         with pytest.raises(ValueError):
-            runtime.load(rebuilt({**parts, "config.json": json.dumps(changed)}))(np.ones((1, 4, 4, 2), "float32"))
+            runtime.load(described(parts, enlarged))(np.ones((1, 4, 4, 2), "float32"))
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
         tracemalloc.stop()
 
 
 # ── Damaged files ──────────────────────────────────────────────────────────────────────────────────────
 
-STRANGE = [None, True, -1, 0, 1, 2, 3, 10**9, 2**63, -(2**70), 0.5, 1e999, float("nan"), "", "relu", "linear", "Dense", "keras_mml>GRUMML", "__keras_tensor__", "../x", [], {}, [[]], [None, 3]]
+STRANGE = [None, True, -1, 0, 1, 2, 3, 10**9, 2**63, -(2**70), 0.5, 1e999, float("nan"), "", "relu", "linear", "Dense", "PackedLinear", "%", "../x", [], {}, [[]], [None, 3]]
 
 
 def leaves(tree, found=None):
@@ -394,20 +441,26 @@ def flipped(data, rng, used=None):
 
 def damaged(content, parts, used, rng):
     "A file like this one with something wrong with it, mostly behind checksums that are right again."
-    kind = rng.choice(["bytes", "cut", "config bytes", "config", "config", "weights", "weights", "weights cut"])
+    kind = rng.choice(["bytes", "cut", "description bytes", "description", "description", "weights", "weights", "weights cut"])
     if kind == "bytes":
         return flipped(content, rng)
     if kind == "cut":
         return content[: rng.randrange(len(content))]
-    if kind == "config bytes":
-        return rebuilt({**parts, "config.json": flipped(parts["config.json"], rng)})
+    if kind == "description bytes":
+        seed = rng.random()
+        return written(parts, lambda text: flipped(text, random.Random(seed)))
     if kind == "weights":
         return rebuilt({**parts, "model.weights.h5": flipped(parts["model.weights.h5"], rng, used)})
     if kind == "weights cut":
         return rebuilt({**parts, "model.weights.h5": parts["model.weights.h5"][: rng.randrange(len(parts["model.weights.h5"]))]})
-    config = json.loads(parts["config.json"])
+    seed = rng.random()
+    return described(parts, lambda description: strange(description, random.Random(seed)))
+
+
+def strange(description, rng):
+    "A description with some values in other places, missing, or others."
     for _ in range(rng.choice([1, 1, 2, 4])):
-        places = leaves(config)
+        places = leaves(description)
         if not places:
             break
         container, key = rng.choice(places)
@@ -421,7 +474,7 @@ def damaged(content, parts, used, rng):
         else:
             other, other_key = rng.choice(places)
             container[key] = json.loads(json.dumps(other[other_key]))
-    return rebuilt({**parts, "config.json": json.dumps(config)})
+    return description
 
 
 @pytest.mark.any_backend
@@ -508,7 +561,7 @@ def test_a_copy_has_memory_of_its_own():
     x = np.random.normal(size=(5, 6)).astype("float32")
     loaded = runtime.load(content)
     expected, twin = loaded(x), copy.deepcopy(loaded)
-    mine, theirs = loaded.calls[0].function.table, twin.calls[0].function.table
+    (mine,), (theirs,) = ([rows.chain.table for rows in model.program.rows.values()] for model in (loaded, twin))
     assert twin.fast and not np.intersect1d(mine[:, 3:5], theirs[:, 3:5]).size
     del loaded
     np.testing.assert_array_equal(twin(x), expected)
@@ -534,94 +587,18 @@ def test_without_the_library_numpy_computes_the_same(monkeypatch):
 # ── Files of others ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@keras.saving.register_keras_serializable(package="somebody")
-class Subclassed(keras.Model):
-    "Its configuration has no name."
-
-    def __init__(self):
-        super().__init__()
-        self.head = layers.Dense(2)
-
-    def call(self, x):
-        return self.head(x)
-
-
-@keras.saving.register_keras_serializable(package="somebody")
-class Nameless(layers.Layer):
-    def call(self, x):
-        return x
-
-    def get_config(self):
-        return {}
-
-
-@keras.saving.register_keras_serializable(package="somebody")
-def own_function(x):
-    return x
-
-
-def functional(shape, function):
-    inputs = keras.Input(shape)
-    return keras.Model(inputs, function(inputs))
-
-
-def built(model, shape):
-    model(np.zeros((1, *shape), "float32"))
-    return model
-
-
-def quantized():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="small")])
-    model.quantize("int8")
-    return model
-
-
-def of(part, shape=(4,), dtype="float32"):
-    return lambda: keras.Sequential([keras.Input(shape, dtype=dtype), part()])
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: built(Subclassed(), (4,)), "Model of class Subclassed is not known to the runtime, which knows Sequential and functional models."),
-        (of(Nameless), "Layer of class Nameless is not known"),
-        (of(lambda: layers.Bidirectional(layers.GRU(3), name="both"), (5, 4)), "Layer 'both' of class Bidirectional is not known"),
-        (of(lambda: layers.Normalization(mean=0.0, variance=1.0, name="norm")), "Layer 'norm' of class Normalization is not known"),
-        (of(lambda: layers.TimeDistributed(layers.Dense(2), name="each"), (5, 4)), "Layer 'each' of class TimeDistributed is not known"),
-        (lambda: functional((4,), lambda x: keras.Sequential([layers.Identity(), layers.ELU(name="inner")])(x)), "Layer 'inner' of class ELU is not known"),
-        (lambda: functional((4,), lambda x: ops.relu(x)), "Operation 'relu.*' of class Relu is not known"),
-        (lambda: functional((4,), lambda x: x * np.ones(4, "float32")), "Layer 'multiply.*' is called with a constant of class __numpy__"),
-        (lambda: functional((4,), lambda x: x), "has no layers"),
-        (keras.Sequential, "has no layers"),
-        (quantized, "Layer 'small' of class Dense: The runtime computes in float32. Received: dtype='QuantizedDTypePolicy'"),
-        (of(lambda: layers.Dense(2, activation=own_function)), "The runtime has no activation 'somebody>own_function'. It has linear, relu"),
-        (lambda: keras.Sequential([layers.Dense(2)]), "The model was saved before it had weights"),
-        (of(lambda: layers.Embedding(5, 3, mask_zero=True), (4,), "int32"), "`mask_zero` should be False here. Received: mask_zero=True"),
-    ],
-)
-def test_foreign_models_are_refused_in_words(make, message, tmp_path):
+@pytest.mark.parametrize("make", [keras.Sequential, lambda: keras.Sequential([keras.Input((4,)), layers.Dense(2)])])
+def test_models_without_packed_layers_are_refused(make, tmp_path):
     make().save(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match=f"model.keras' cannot be loaded. .*{message}") as refused:
+    with pytest.raises(ValueError, match="model.keras' cannot be loaded. .* has no packed layers"):
         runtime.load(tmp_path / "model.keras")
-    if "is not known" in message:
-        assert "Keras itself runs it, and `keras_mml.export_onnx` writes" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ("", "not as Keras 3 writes it"), ("null", "not as Keras 3 writes it"), ("[1]", "not as Keras 3 writes it"), ('"a"', "not as Keras 3 writes it"),
-        ("{}", "has no 'module'"), ('{"class_name": "Sequential", "config": {"layers": []}}', "has no 'module'"),
-        ('{"module": "keras", "class_name": "Sequential"}', "has no 'config'"),
-        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a"}}', "has no 'layers'"),
-        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a", "layers": [3]}}', "not as Keras 3 writes it"),
-        ('{"module": "keras", "class_name": "Sequential", "config": {"name": "a", "layers": []}}', "'a' has no layers"),
-    ],
-)  # fmt: skip
-def test_what_python_says_of_a_configuration_is_put_into_words(config, message):
+@pytest.mark.parametrize("text", [b"", b"null", b"[1]", b'"a"', b"{}", b'{"version": 1}', b'{"version": 1, "layers": {}, "name": "a", "graph": 3}'])
+def test_what_python_says_of_a_description_is_put_into_words(text):
     parts = parts_of(sequential((4,), DenseMML(3))[1])
-    with pytest.raises(ValueError, match=f"The file cannot be loaded. .*{message}"):
-        runtime.load(rebuilt({**parts, "config.json": config}))
+    with pytest.raises(ValueError, match="The file cannot be loaded. .*(is damaged|not a graph)"):
+        runtime.load(written(parts, lambda _: text))
 
 
 @pytest.mark.parametrize("file", [3, None, ["model.keras"]])

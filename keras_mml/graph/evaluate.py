@@ -319,13 +319,15 @@ def _pool(reduce, fill):
     def pool(inputs, pool_size, strides=None, padding="valid"):
         axes = inputs.ndim - 2
         size, strides = _each(pool_size, axes), _each(strides or pool_size, axes)
+        if fill == 0 and any(map(any, (_padding(*sizes, padding) for sizes in zip(inputs.shape[1:-1], size, strides)))):
+            raise ValueError("the backends of Keras disagree on means of windows that reach over the edge")
         look = lambda x: windows(x, size, strides, 1, padding, fill)
         return reduce(look, inputs, tuple(range(-axes, 0)))
     return pool
 
 _register(
     MaxPool=_pool(lambda look, x, axes: look(x).max(axes), -np.inf),
-    AveragePool=_pool(lambda look, x, axes: look(x).sum(axes) / look(np.ones_like(x)).sum(axes), 0),
+    AveragePool=_pool(lambda look, x, axes: look(x).mean(axes), 0),
 )
 @primitive
 @_channels_last

@@ -51,7 +51,8 @@ class Addresses:
             self.known.setdefault(_content(array), [path, name])
 
     def of(self, array):
-        "The address of an array."
+        "The address of an array. NumPy's own formats have no bfloat16, which is kept as float32."
+        array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
         key = _content(array)
         if key not in self.known:
             self.known[key] = len(self.extra)

@@ -6,7 +6,7 @@
 __all__ = ['NODES', 'SHARED', 'signature', 'NOTHING', 'OPERATORS', 'TWINS', 'WITH_FUNCTIONS', 'TRACES', 'ABSENT', 'TRIED',
            'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'Trace',
            'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin', 'MaskingTwin',
-           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'BidirectionalTwin', 'CategoryEncodingTwin',
+           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'BidirectionalTwin', 'AttentionTwin', 'CategoryEncodingTwin',
            'DiscretizationTwin', 'Conv', 'ConvolutionTwin', 'ConvolutionMMLTwin', 'add_associative_scan',
            'WhileTracing', 'trace_once', 'trace']
 
@@ -405,6 +405,14 @@ class BidirectionalTwin:
 
     _can_attempt_fused_gru = _can_attempt_fused_lstm
 
+# %% ../../nbs/graph/trace.ipynb #ab80abd2
+class AttentionTwin:
+    "Without `dot_product_attention` where values have another size than keys, for which Keras says a wrong shape."
+
+    def _compute_attention(self, query, key, value, attention_mask=None, training=None, return_attention_scores=False):
+        scores = return_attention_scores or query.shape[-1] != value.shape[-1]
+        return super()._compute_attention(query, key, value, attention_mask, training, scores)
+
 # %% ../../nbs/graph/trace.ipynb #5fc3f87e
 def _categories(layer, indices, depth, count_weights=None):
     if layer.output_mode == "int":
@@ -460,6 +468,7 @@ TWINS = {
     keras.layers.Softmax: SoftmaxTwin,
     keras.layers.Masking: MaskingTwin,
     keras.layers.GlobalAveragePooling1D: AveragingTwin,
+    keras.layers.MultiHeadAttention: AttentionTwin,
     keras.layers.CategoryEncoding: CategoryEncodingTwin,
     keras.layers.Discretization: DiscretizationTwin,
     keras.layers.Conv1D: ConvolutionTwin,

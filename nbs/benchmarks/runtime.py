@@ -111,7 +111,7 @@ def measure_calls():
 
     keras.utils.set_random_seed(0)
     ours, packed = in_runtime(classifier(DenseMML))
-    alone = [chain.Chain([step], (step.dim,)) for step in ours.calls[0].function.steps]
+    alone = [chain.Chain([step], (step.dim,)) for rows in ours.program.rows.values() for step in rows.steps]
     floats = classifier(keras.layers.Dense)
     eager, session = in_torch(floats), in_onnx_runtime(floats)
     compiled = torch.compile(in_torch(floats))
