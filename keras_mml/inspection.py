@@ -336,6 +336,17 @@ def _as_html(cells, notes):
     table = f"<thead>{row('th', _COLUMNS)}</thead>\n<tbody>\n{rows}\n</tbody>\n<tfoot>{row('th', total)}</tfoot>"
     return f'<table style="font-size: 0.82rem">\n{table}\n</table>\n' + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
+# %% ../nbs/inspection.ipynb #5c1f07ad
+def _notes(rows, untraceable):
+    notes = [
+        "×, + and energy: for each sample, packed, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014).",
+        "packed: in a file. bits: per weight, packed in memory.",
+    ]
+    unknown = ", ".join(f"{row['unknown']} in {row['layer']} ({row['class']})" for row in rows if not row["complete"])
+    if untraceable:
+        return [*notes, f"?: no operations are known. {untraceable}"]
+    return [*notes, f"? and ≥: without what these operations cost: {unknown}."] if unknown else notes
+
 # %% ../nbs/inspection.ipynb #4de93320
 class Summary:
     """What a model holds and what a prediction costs. `summary` makes it.
@@ -347,7 +358,7 @@ class Summary:
         file_size: bytes of the `.keras` file of the packed model, or `None` where there can be none.
         notes: list of strings: what is not in the numbers.
 
-    The keys of a row: `layer`, `class`; `parameters`, `ternary_parameters`, `ternary_zeros`; `bits_per_weight` (in memory, packed);
+    Keys: `layer`, `class`; `parameters`, `ternary_parameters`, `ternary_zeros`; `bits_per_weight` (in memory, packed);
     `bytes_float32`, `bytes_int8`, `bytes_packed` (in a file), `bytes_packed_in_memory`; for each sample `operations`, a dictionary by
     kind, and its sums `multiplications`, `additions`, `energy_pj`, which are `None` where nothing is known; `complete`, whether all
     operations are known, and `unknown`, the names of the others; `zeros`, their share among the trits.
@@ -367,15 +378,7 @@ class Summary:
         self.name, self.rows, self.total = name, rows, _total(rows)
         self.file_size, reason = (None, file_size) if isinstance(file_size, str) else (file_size, None)
         self.saved = reason or f"{_bytes(file_size)}, the whole file"
-        unknown = ", ".join(f"{row['unknown']} in {row['layer']} ({row['class']})" for row in rows if not row["complete"])
-        self.notes = [
-            "×, + and energy: for each sample, packed, of the arithmetic alone, in 45 nm (Horowitz, ISSCC 2014).",
-            "packed: in a file. bits: per weight, packed in memory.",
-        ]
-        if untraceable:
-            self.notes.append(f"?: no operations are known. {untraceable}")
-        elif unknown:
-            self.notes.append(f"? and ≥: without what these operations cost: {unknown}.")
+        self.notes = _notes(rows, untraceable)
 
     def to_dict(self):
         "All of it as plain dictionaries, lists, strings and numbers."

@@ -894,7 +894,7 @@ def test_plots_of_activations(model):
 def test_plots_of_graphs(model):
     class Loop(layers.Layer):
         def call(self, x):
-            return ops.scan(lambda carry, row: (ops.tanh(carry + row), None), x[0], x)[0]
+            return ops.scan(lambda carry, row: (ops.tanh(carry + row), row), x[0], x)[0]
 
     picture = plot_graph(trace(model))
     svg = ElementTree.fromstring(str(picture))
