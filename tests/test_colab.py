@@ -33,8 +33,8 @@ def name(path):
 def test_the_first_cell_installs_what_is_imported(path):
     cells = code_cells(path)
     install = next(cell for cell in cells if not re.fullmatch(r"#\| default_exp \S+\s*", cell))
-    in_checkout = path.parent.name == "native"  # what they need is in no wheel
-    clone, package = ("    !git clone [^\n]*\n", f'-e "{CHECKOUT}"') if in_checkout else ("", f'"{PACKAGE}"')
+    in_c = path.parent.name == "native"  # the files of the library are in a checkout alone
+    clone, package = ("    !git clone [^\n]*\n", f'-e "{CHECKOUT}"') if in_c else ("", f'"{PACKAGE}"')
     assert re.match(f'#\\| hide\nimport sys\nif "google.colab" in sys.modules:\n{clone}    %pip install -q ', install), install
     assert package in install and sum("google.colab" in cell for cell in cells) == 1
     wanted = re.search(r"%pip install -q (.*)", install)[1].replace(package, "").split()

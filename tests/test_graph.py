@@ -128,6 +128,35 @@ def test_scans(reverse):
     np.testing.assert_allclose(evaluate(trace(layer, x), x), predicted(layer, x), rtol=1e-5, atol=1e-6)
 
 
+def test_layers_of_time():
+    "One call in a loop, for any length."
+    model = keras.Sequential([keras.Input((None, 6, 2)), L.TimeDistributed(L.Conv1D(3, 2, name="inner"), name="timed")])
+    graph = trace(model)
+    assert [node.operation for node in graph.nodes if node.layer.endswith("timed")] == ["Swapaxes", "Scan", "Swapaxes"]
+    x = np.random.default_rng(0).normal(size=(2, 9, 6, 2)).astype("float32")
+    np.testing.assert_allclose(evaluate(graph, x), predicted(model, x), atol=1e-5)
+
+
+def test_each_path_is_one_layer():
+    class Both(keras.Model):
+        def __init__(self):
+            super().__init__(name="both")
+            self.first, self.second = L.Dense(3, name="same"), L.Dense(3, name="same")
+
+        def call(self, x):
+            return self.first(self.second(self.first(x)))
+
+    model = Both()
+    model(np.ones((1, 3)))
+    graph = trace(model, np.ones((1, 3), "float32"))
+    assert graph.layers == {"both": model, "both/same": model.first, "both/same_1": model.second}
+    assert [node.layer for node in graph.nodes if node.operation == "Matmul"] == ["both/same", "both/same_1", "both/same"]
+    a = keras.Input((3,))
+    inner = keras.Model(a, ops.exp(a) * a, name="inner")
+    layers = trace(inner).layers
+    assert {type(layer).__name__ for layer in layers.values()} == {"Functional", "Exp", "Multiply"}
+
+
 def test_nothing_of_the_model_changes():
     inner = L.Dense(4, name="inner", activity_regularizer="l2")
     inputs = keras.Input((8,))

@@ -109,7 +109,8 @@ class Graph:
     """What a model computes.
 
     `inputs` and `outputs` are structures of `Ref`s, `nodes` primitives in an order in which they can be computed, `specs` the shape and
-    dtype of each value, `constants` arrays, and `names` the paths of the variables that some of these were.
+    dtype of each value, `constants` arrays, `names` the paths of the variables that some of these were, and `layers`, which no file holds,
+    the layer at each path.
     """
 
     inputs: object = None
@@ -118,6 +119,7 @@ class Graph:
     specs: dict = field(default_factory=dict)
     constants: dict = field(default_factory=dict)
     names: dict = field(default_factory=dict)
+    layers: dict = field(default_factory=dict)
 
     def __str__(self):
         return "\n".join([f"inputs {_typed(self, self.inputs)}", *_lines(self, self), f"outputs {_typed(self, self.outputs)}"])
