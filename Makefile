@@ -108,7 +108,7 @@ wheels: setup ## build the wheels of all platforms into dist/; with FREE_THREADE
 	@for wheel in dist/*linux*.whl; do \
 	    $(BIN)/auditwheel show --json "$$wheel" | grep -Eq "overall_tag.*(manylinux_2_17|musllinux_1_2)" || { echo "✗ $$wheel needs more than its name says" >&2; exit 1; }; \
 	done
-	@! find dist -name '*.whl' ! -name '*win*' -size +200000c | grep . || { echo "✗ larger than 200 kB" >&2; exit 1; }  # Windows' has 35 kB of its C runtime
+	@! find dist -name '*.whl' ! -name '*win*' -size +225000c | grep . || { echo "✗ larger than 225 kB" >&2; exit 1; }  # Windows' has 35 kB of its C runtime
 	@ls -l dist
 
 benchmark-inference: .venv/.ready-benchmark ## measure packed layers against other libraries anew (20 minutes)

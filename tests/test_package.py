@@ -73,7 +73,7 @@ def test_the_wheel_holds_the_package_and_no_data(tmp_path):
     assert "keras_mml/layers/dense.py" in names and any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith("keras_mml") for n in names)
     assert all(n.endswith((".py", ".so", ".pyd")) or ".dist-info/" in n for n in names)  # no data, no C
-    assert wheel.stat().st_size < 200_000
+    assert wheel.stat().st_size < 225_000
 
 
 def test_loading_the_package_registers_the_layers():

@@ -6,9 +6,9 @@
 __all__ = ['NODES', 'SHARED', 'signature', 'NOTHING', 'OPERATORS', 'TWINS', 'WITH_FUNCTIONS', 'TRACES', 'ABSENT', 'TRIED',
            'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'Trace',
            'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin', 'MaskingTwin',
-           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'BidirectionalTwin', 'AttentionTwin', 'CategoryEncodingTwin',
-           'DiscretizationTwin', 'Conv', 'ConvolutionTwin', 'ConvolutionMMLTwin', 'add_associative_scan',
-           'WhileTracing', 'trace_once', 'trace']
+           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'TimeDistributedTwin', 'BidirectionalTwin', 'AttentionTwin',
+           'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv', 'ConvolutionTwin', 'ConvolutionMMLTwin',
+           'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
 
 # %% ../../nbs/graph/trace.ipynb #6dfcd667
 import collections
@@ -76,10 +76,18 @@ class Untraceable(ValueError):
 class Trace:
     "The graph so far, the number of each tensor, the twin of each layer, the path of the layer at work, and what went wrong there."
 
-    def __init__(self):
+    def __init__(self, mixins, pure):
+        self.mixins, self.pure = mixins, pure
         self.graph, self.path, self.failure = Graph(), [], None
         self.refs, self.twins, self.alive = {}, {}, []  # by identity, so what they belong to is kept alive
         self.classes = {}
+
+    def enter(self, twin):
+        "Add a layer to the path, under its name or, where another one beside it has that, a new one."
+        for number in itertools.count():
+            name = f"{twin.name}_{number}" if number else twin.name
+            if self.graph.layers.setdefault("/".join([*self.path, name]), twin._original) is twin._original:
+                return self.path.append(name)
 
     def number(self, thing, shape, dtype):
         "A new value in the graph."
@@ -163,7 +171,12 @@ def add_node(trace, operation, node):
         return trace.same(node.outputs, node.arguments.keras_tensors)
     arguments = {name: trace.structure(value) for name, value in arguments.items()}
     outputs = [trace.number(tensor, tensor.shape, tensor.dtype) for tensor in node.outputs]
+    part = hasattr(operation, "_original")  # of a functional model
+    if part:
+        trace.enter(operation)
     trace.graph.nodes.append(Node(type(operation).__name__, arguments, outputs, "/".join(trace.path)))
+    if part:
+        trace.path.pop()
 
 NOTHING = "Cast", "ConvertToTensor", "StopGradient", "Identity", "Copy"  # where shape and dtype stay as they are
 
@@ -177,7 +190,7 @@ class Twin:
     def symbolic_call(self, *args, **kwargs):
         trace = self._trace
         collect(trace, [args, kwargs])
-        trace.path.append(self.name)
+        trace.enter(self)
         try:
             run = self.quantized_call if getattr(self, "quantization_mode", None) else self.call
             self._results.append(run(*args, **kwargs))
@@ -229,7 +242,7 @@ class FunctionalTwin:
 
 def _twin_class(trace, cls):
     if cls not in trace.classes:
-        parts = [mixin for base, mixin in TWINS.items() if issubclass(cls, base) and not _overridden(cls, mixin)]
+        parts = [mixin for base, mixin in trace.mixins.items() if issubclass(cls, base) and not _overridden(cls, mixin)]
         parts += [FunctionalTwin] if is_functional(cls) else []
         trace.classes[cls] = type(cls.__name__, (Twin, *parts, cls), {"__module__": cls.__module__})
     return trace.classes[cls]
@@ -252,7 +265,7 @@ def twin_of(
     twin = object.__new__(_twin_class(trace, type(operation)) if has_layers else type(operation))
     trace.twins[id(operation)] = twin
     trace.alive.append(operation)
-    twin.__dict__.update(operation.__dict__, **{name: [] for name in NODES})
+    twin.__dict__.update(operation.__dict__, _original=operation, **{name: [] for name in NODES})
     if has_layers:
         attributes = {name: _with_twins(trace, value) for name, value in operation.__dict__.items() if name not in SHARED}
         twin.__dict__.update(attributes, **{name: [] for name in NODES}, _trace=trace, _results=[])
@@ -339,7 +352,7 @@ def add_scan(trace, f, init, xs=None, length=None, reverse=False, **_):
         return carry, tree.map_structure(lambda v: ops.expand_dims(v, 0), outputs)
     arguments = dict(init=trace.structure(init), xs=trace.structure(xs), length=length, reverse=reverse)
     outer = trace.graph
-    trace.graph = Graph(specs=outer.specs, constants=outer.constants, names=outer.names)
+    trace.graph = Graph(specs=outer.specs, constants=outer.constants, names=outer.names, layers=outer.layers)
     try:
         carry = tree.map_structure(lambda v: trace.input(*_spec(v)), init)
         x = None if xs is None else tree.map_structure(lambda v: trace.input(v.shape[1:], v.dtype), xs)
@@ -361,7 +374,7 @@ class RecurrentTwin:
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         swap = lambda v: ops.transpose(v, (1, 0, *range(2, len(v.shape))))
-        if self.stateful:
+        if self.stateful and self._trace.pure:
             raise Untraceable("it keeps its state from one call to the next")
         if initial_state is None:
             initial_state = self.get_initial_state(batch_size=sequences.shape[0])
@@ -396,6 +409,16 @@ def _masked_step(cell, zero, carry, x):
         output = ops.where(spread(output), output, ops.zeros_like(output) if zero else last)
         new = tree.map_structure(lambda a, b: ops.where(spread(a), a, b), new, states)
     return (new, output), output
+
+class TimeDistributedTwin:
+    "A loop that is a `Scan`."
+
+    def call(self, inputs, training=None, mask=None):
+        swap = lambda v: ops.swapaxes(v, 0, 1)
+        given = {"mask": swap(mask)} if mask is not None and self.layer._call_has_mask_arg else {}
+        options = {"training": training} if self.layer._call_has_training_arg else {}
+        step = lambda carry, x: (carry, self.layer(x[0], **x[1], **options))
+        return swap(add_scan(self._trace, step, [], [swap(inputs), given])[1])
 
 class BidirectionalTwin:
     "Two loops, where some backends have one."
@@ -464,6 +487,7 @@ class ConvolutionMMLTwin:
 
 TWINS = {
     keras.layers.RNN: RecurrentTwin,
+    keras.layers.TimeDistributed: TimeDistributedTwin,
     keras.layers.Bidirectional: BidirectionalTwin,
     keras.layers.Softmax: SoftmaxTwin,
     keras.layers.Masking: MaskingTwin,
@@ -529,15 +553,22 @@ for _name, _other in {
     WhileTracing(keras.KerasTensor, _name, _other)
 
 # %% ../../nbs/graph/trace.ipynb #60dfc14b
-def trace_once(model, inputs):
-    "The graph of a model for a structure of inputs, each a pair of a shape without `None` and a dtype."
-    trace, token, names = Trace(), TRACES.set(True), dict(names_given())
+def trace_once(
+    model,         # a Keras model or layer, built
+    inputs,        # structure of things with a `shape` without `None` and a `dtype`
+    call=None,     # function of the model, these inputs and options: how it is called with them, if not as `model(inputs)`
+    mixins=TWINS,  # which classes have special twins
+    pure=True,     # whether it is an error where the model assigns a variable
+):                 # a `Graph`
+    "What a model computes for inputs of these sizes. Raises `Untraceable`."
+    call = call or (lambda model, inputs, **options: model(inputs, **options))
+    trace, token, names = Trace(mixins, pure), TRACES.set(True), dict(names_given())
     with keras.StatelessScope(collect_losses=True) as scope:
         tensors = map_structure(lambda spec: trace.input(spec.shape, spec.dtype), inputs)
         trace.graph.inputs = trace.structure(tensors)
         try:
             options = {"training": False} if isinstance(model, keras.layers.Layer) else {}
-            trace.graph.outputs = trace.structure(twin_of(trace, model)(tensors, **options))
+            trace.graph.outputs = trace.structure(call(twin_of(trace, model), tensors, **options))
         except Exception as error:
             raise Untraceable(trace.failure or str(error)) from error
         finally:
@@ -547,7 +578,7 @@ def trace_once(model, inputs):
             _forget(trace)
     twins = [twin for twin in trace.twins.values() if isinstance(twin, keras.Variable)]
     paths = {id(variable): variable.path for variable in (*twins, *getattr(model, "variables", ()))}
-    for changed in updates_of(scope):
+    for changed in updates_of(scope) if pure else ():
         path = paths.get(changed, "a variable")
         raise Untraceable(f"The model is no function of its inputs: it assigns {path}, as layers do that count, or draw random numbers.")
     return prune(_without_gradients(trace.graph))
@@ -667,7 +698,7 @@ def _joined(corners, values):
     whole, names = graph(*every), every[0].names
     whole.specs = {i: (map_structure(number, *(g.specs[i][0] for g in every)), dtype) for i, (_, dtype) in every[0].specs.items()}
     whole.constants = {i: _constant(_user_of(whole, i), *(g.constants[i] for g in every)) for i in every[0].constants}
-    whole.names = names
+    whole.names, whole.layers = names, every[0].layers
     return whole
 
 def _fills(array, other):
