@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIMITIVES', 'MAX_ELEMENTS', 'IN_RESULTS_DTYPE', 'primitive', 'limited', 'windows', 'Rows', 'Results', 'call_of',
-           'Later', 'scan_of', 'Program', 'every_node', 'sizes_in', 'last_uses', 'folded', 'sizes_of', 'evaluate']
+           'Later', 'scan_of', 'Program', 'every_node', 'sizes_in', 'last_uses', 'folded', 'pairs', 'sizes_of',
+           'evaluate']
 
 # %% ../../nbs/graph/evaluate.ipynb #2ecae3d2
 import functools
@@ -216,7 +217,9 @@ def _layer_norm(x, gamma, beta, axis, epsilon, rms_scaling):
     return y if beta is None else y + beta
 
 def _rms_norm(x, scale, axis, epsilon):
-    y = x * (1 / np.sqrt(np.mean(np.square(x), axis=_axis(axis), keepdims=True) + np.asarray(epsilon, x.dtype)))
+    size = math.prod(x.shape[a] for a in (axis if isinstance(axis, (list, tuple)) else [axis]))
+    mean = np.add.reduce(np.square(x), axis=_axis(axis), keepdims=True) / np.asarray(size, x.dtype)  # as `np.mean`, with less around it
+    y = x * (1 / np.sqrt(mean + np.asarray(epsilon, x.dtype)))
     return y if scale is None else y * scale
 
 _register(RMSNorm=_rms_norm)
@@ -501,7 +504,7 @@ def call_of(
         for name, index, wanted in direct:
             found[name] = values[index] if wanted is None else values[index].astype(wanted)
         for name, structure in nested:
-            found[name] = map_structure(lambda leaf: leaf.among(values) if isinstance(leaf, Later) else leaf, structure)
+            found[name] = _looked_up(structure, values)
         try:
             outputs = function(**found)
         except Exception as error:
@@ -512,6 +515,11 @@ def call_of(
             results.put(values, outputs)
 
     return call
+
+def _looked_up(structure, values):
+    if type(structure) is list:
+        return [leaf.among(values) if type(leaf) is Later else _looked_up(leaf, values) for leaf in structure]
+    return map_structure(lambda leaf: leaf.among(values) if type(leaf) is Later else leaf, structure)
 
 @dataclass(frozen=True)
 class Later:
@@ -568,6 +576,7 @@ class Program:
     def __init__(self, graph):
         self.graph = folded(chained(graph))
         self.rows, self.prepared, self.last_uses = {}, {}, last_uses(self.graph)
+        self.dtypes = {ref.index: _numpy_dtype(self.graph.specs[ref.index][1]) for ref in leaves(self.graph.inputs)}
         self.kept = {id(node): (sizes_in(self.graph, node), {}) for node in self.graph.nodes}
         for node in every_node(self.graph.nodes):
             if node.operation == "Chain":
@@ -578,11 +587,10 @@ class Program:
 
     def __call__(self, inputs):
         "Structure of arrays like `graph.outputs`, for one like `graph.inputs`. Raises `ValueError` for inputs of other shapes."
-        specs = self.graph.specs
-        inputs = map_structure(lambda ref, x: np.asarray(x, _numpy_dtype(specs[ref.index][1])), self.graph.inputs, inputs)
-        sizes = sizes_of(self.graph, inputs)
+        given = {ref.index: np.asarray(x, self.dtypes[ref.index]) for ref, x in pairs(self.graph.inputs, inputs)}
+        sizes = sizes_of(self.graph, given)
         constants, calls = self.at(sizes)
-        values = {**constants, **{ref.index: x for ref, x in zip(leaves(self.graph.inputs), leaves(inputs))}}
+        values = constants | given
         with np.errstate(all="ignore"):
             for call, done in calls:
                 call(values)
@@ -674,14 +682,25 @@ def folded(graph):
     return prune(Graph(graph.inputs, graph.outputs, nodes, graph.specs, constants, graph.names))
 
 # %% ../../nbs/graph/evaluate.ipynb #d558ebc1
+def pairs(structure, other):
+    "The leaves of two structures of the same form, two by two. Raises `ValueError` where their forms differ."
+    if not isinstance(structure, (dict, list, tuple)):
+        return [(structure, other)]
+    if type(other) is not type(structure) or len(other) != len(structure) or (type(other) is dict and other.keys() != structure.keys()):
+        raise ValueError(f"Expected inputs of the form {structure!r}. Received: {type(other).__name__}")
+    keys = sorted(structure) if type(structure) is dict else range(len(structure))
+    return [pair for key in keys for pair in pairs(structure[key], other[key])]
+
 def sizes_of(
-    graph,   # a `Graph`
-    inputs,  # structure of arrays
-):           # dictionary from names to numbers
+    graph,  # a `Graph`
+    given,  # dictionary from the numbers of its inputs to arrays
+):          # dictionary from names to numbers
     "The open sizes. Raises `ValueError` where inputs do not have the shapes that the graph expects."
     sizes = {}
-    for ref, x in zip(leaves(graph.inputs), leaves(inputs), strict=True):
-        shape, _ = graph.specs[ref.index]
+    for index, x in given.items():
+        shape, _ = graph.specs[index]
+        if shape == x.shape:
+            continue
         if len(shape) != x.ndim:
             raise ValueError(f"Expected inputs of shape {list(shape)}. Received: shape {list(x.shape)}")
         for size, found in zip(shape, x.shape):
