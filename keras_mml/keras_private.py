@@ -125,8 +125,15 @@ class OpenAttention(keras.layers.MultiHeadAttention):
         "Outputs and scores, from projected queries, keys and values with an axis of heads before the last."
         return super()._compute_attention(query, key, value, *args, **kwargs)
 
+    def causal_mask(self, query, value):
+        "Which values come no later than each query, of shape `(1, queries, values)`."
+        return super()._compute_causal_mask(query, value)
+
     def _compute_attention(self, *args, **kwargs):
         return self.attention(*args, **kwargs)
+
+    def _compute_causal_mask(self, query, value=None):
+        return self.causal_mask(query, query if value is None else value)
 
 # %% ../nbs/keras_private.ipynb #e0ddf2bf
 SAVING = "keras.src.saving.saving_lib"

@@ -31,7 +31,7 @@ OWNERS = {
     "a tensor": (MODEL.outputs[0], ["_keras_history"]),
     "a masked tensor": (keras.layers.Embedding(9, 4, mask_zero=True)(keras.Input((5,))), ["_keras_mask"]),
     "a variable": (LAYER.kernel, ["_value"]),
-    "attention": (ATTENTION, ["_compute_attention", "_build_attention", *PROJECTIONS, *GATE]),
+    "attention": (ATTENTION, ["_compute_attention", "_compute_causal_mask", "_build_attention", *PROJECTIONS, *GATE]),
     "grouped attention": (GROUPED, PROJECTIONS),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ __all__ = ['PRIMITIVES', 'MAX_ELEMENTS', 'IN_RESULTS_DTYPE', 'primitive', 'limit
 import functools
 import inspect
 import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,14 +214,19 @@ def _layer_norm(x, gamma, beta, axis, epsilon, rms_scaling):
     if rms_scaling:
         raise ValueError("the runtime does not know `rms_scaling`")
     y = (x - x.mean(_axis(axis), keepdims=True)) / np.sqrt(x.var(_axis(axis), keepdims=True) + epsilon)
-    y = y if gamma is None else y * gamma
-    return y if beta is None else y + beta
+    y = y if gamma is None else y * _along(gamma, x, axis)
+    return y if beta is None else y + _along(beta, x, axis)
+
+def _along(vector, x, axis):
+    "A gain with an axis for each of `x`, of size 1 where it has none."
+    own = {a % x.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
+    return vector.reshape([size if a in own else 1 for a, size in enumerate(x.shape)])
 
 def _rms_norm(x, scale, axis, epsilon):
     size = math.prod(x.shape[a] for a in (axis if isinstance(axis, (list, tuple)) else [axis]))
     mean = np.add.reduce(np.square(x), axis=_axis(axis), keepdims=True) / np.asarray(size, x.dtype)  # as `np.mean`, with less around it
     y = x * (1 / np.sqrt(mean + np.asarray(epsilon, x.dtype)))
-    return y if scale is None else y * scale
+    return y if scale is None else y * _along(scale, x, axis)
 
 _register(RMSNorm=_rms_norm)
 
@@ -575,6 +581,7 @@ class Program:
 
     def __init__(self, graph):
         self.graph = folded(chained(graph))
+        self.lock = threading.Lock()
         self.rows, self.prepared, self.last_uses = {}, {}, last_uses(self.graph)
         self.dtypes = {ref.index: _numpy_dtype(self.graph.specs[ref.index][1]) for ref in leaves(self.graph.inputs)}
         self.kept = {id(node): (sizes_in(self.graph, node), {}) for node in self.graph.nodes}
@@ -604,11 +611,17 @@ class Program:
         return self._once(self.prepared, key, lambda: self._prepare(sizes))
 
     def _once(self, known, key, make):
-        if key not in known:
-            if len(known) >= self.KEPT:
-                known.pop(next(iter(known)), None)
-            known[key] = make()
-        return known[key]
+        found = known.get(key)
+        if found is None:
+            found = make()
+            with self.lock:
+                known[key] = found
+                while len(known) > self.KEPT:
+                    del known[next(iter(known))]
+        return found
+
+    def __reduce__(self):  # what is prepared belongs to this program
+        return Program, (self.graph,)
 
     def _prepare(self, sizes):
         specs, constants = self.graph.specs, self.graph.constants

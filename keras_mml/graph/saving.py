@@ -139,7 +139,8 @@ def trace_steps(
     x = keras.KerasTensor((None, 1, *shape[2:]), dtype)
     steps = trace(Stepping(model), [x, map_structure(_growing, caches)])
     length = shape[1] if isinstance(shape[1], int) else 6
-    x = np.random.default_rng(0).integers(0, 2, (1, length, *shape[2:])).astype(dtype)
+    rng, size = np.random.default_rng(0), (1, length, *shape[2:])
+    x = (rng.normal(size=size) if "float" in dtype else rng.integers(1, 3, size)).astype(dtype)  # 0 may be padding
     _check_steps(model, Program(graph)(map_structure(lambda _: x, graph.inputs)), x, Program(steps), caches)
     return steps, caches
 
@@ -152,9 +153,13 @@ def _check_steps(model, expected, x, steps, caches):
     for step in range(x.shape[1]):
         outputs, caches = steps([x[:, step : step + 1], caches])
         found.append(outputs)
-    found, expected = np.concatenate(leaves(found), axis=1), leaves(expected)[0]
-    if found.shape != expected.shape or not np.isclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()).mean() > 0.9:
+    found = map_structure(lambda *outputs: np.concatenate(outputs, axis=1), *found)
+    if not all(_same_steps(*pair) for pair in zip(leaves(found), leaves(expected), strict=True)):
         raise ValueError(f"'{model.name}' cannot go step by step: a layer that has no cache looks at several steps at once.")
+
+def _same_steps(found, expected):
+    "Whether outputs are the same, up to a few activations that are rounded to the next integer."
+    return found.shape == expected.shape and (np.abs(found - expected) <= 1e-3 * np.ptp(expected) + 1e-30).mean() > 0.95
 
 # %% ../../nbs/graph/saving.ipynb #51d7c502
 def describe(

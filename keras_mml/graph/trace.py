@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NODES', 'SHARED', 'signature', 'NOTHING', 'OPERATORS', 'TWINS', 'WITH_FUNCTIONS', 'TRACES', 'ABSENT', 'TRIED',
-           'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'Trace',
-           'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin', 'MaskingTwin',
-           'AveragingTwin', 'add_scan', 'RecurrentTwin', 'TimeDistributedTwin', 'BidirectionalTwin', 'AttentionTwin',
-           'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv', 'ConvolutionTwin', 'ConvolutionMMLTwin',
-           'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
+           'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'SizesMatter',
+           'Trace', 'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin',
+           'MaskingTwin', 'AveragingTwin', 'add_scan', 'RecurrentTwin', 'TimeDistributedTwin', 'BidirectionalTwin',
+           'AttentionTwin', 'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv', 'ConvolutionTwin',
+           'ConvolutionMMLTwin', 'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
 
 # %% ../../nbs/graph/trace.ipynb #6dfcd667
 import collections
@@ -71,6 +71,9 @@ def arguments_of(operation, node):
 
 class Untraceable(ValueError):
     "What a model does cannot be written as a graph."
+
+class SizesMatter(Untraceable):
+    "A model computes something else, or with other numbers, for other sizes of its inputs."
 
 # %% ../../nbs/graph/trace.ipynb #c5542ad2
 class Trace:
@@ -626,7 +629,9 @@ def trace(
         return trace_once(model, specs)
     try:
         return _trace_open(model, specs, {name: TRIED[0][name] for name in sizes})
-    except Untraceable as error:
+    except SizesMatter:
+        raise
+    except Untraceable as error:  # perhaps it takes no lengths like these
         try:
             return _trace_open(model, specs, {name: TRIED[1][name] for name in sizes})
         except Untraceable:
@@ -638,7 +643,7 @@ def _trace_open(model, specs, tried):
     third, expected = at((2,) * len(tried)), _filled(graph, {name: values[2] for name, values in tried.items()})
     if str(third) != str(expected) or not all(_fills(expected.constants[i], array) for i, array in third.constants.items()):
         sizes = " and ".join(tried)
-        raise Untraceable(f"The model depends on its {sizes} in a way that a graph cannot hold. Trace it with inputs of a fixed size.")
+        raise SizesMatter(f"The model depends on its {sizes} in a way that a graph cannot hold. Trace it with inputs of a fixed size.")
     return graph
 
 # %% ../../nbs/graph/trace.ipynb #25115ca8
@@ -683,15 +688,15 @@ def _joined(corners, values):
 
     def node(*nodes):
         if len({n.operation for n in nodes}) > 1:
-            raise Untraceable(f"Layer '{nodes[0].layer}' computes something else for other sizes of the inputs.")
+            raise SizesMatter(f"Layer '{nodes[0].layer}' computes something else for other sizes of the inputs.")
         try:
             return Node(nodes[0].operation, map_structure(number, *(n.arguments for n in nodes)), nodes[0].outputs, nodes[0].layer)
         except ValueError as error:
-            raise Untraceable(f"Layer '{nodes[0].layer}', {nodes[0].operation}: {error}. Trace it with inputs of a fixed size.") from None
+            raise SizesMatter(f"Layer '{nodes[0].layer}', {nodes[0].operation}: {error}. Trace it with inputs of a fixed size.") from None
 
     def graph(*graphs):
         if len({len(g.nodes) for g in graphs}) > 1:
-            raise Untraceable("The model computes something else for other sizes of the inputs. Trace it with inputs of a fixed size.")
+            raise SizesMatter("The model computes something else for other sizes of the inputs. Trace it with inputs of a fixed size.")
         return Graph(graphs[0].inputs, graphs[0].outputs, [node(*nodes) for nodes in zip(*(g.nodes for g in graphs))])
 
     every = list(corners.values())

@@ -13,6 +13,7 @@ from keras import ops
 from ..keras_private import OpenAttention, projections_of
 from .arguments import check_divides, check_one_of, check_positive_integers
 from .composed import Composed
+from .embedding import places
 from .twins import arguments_of
 from .recurrent import GRUMML
 from ..quantizers import to_float32
@@ -105,7 +106,7 @@ def rotate(
     "Turn the pairs of features `i` and `i + dim / 2` by angles that grow with the place."
     half = x.shape[-1] // 2
     frequency = max_wavelength ** (-ops.arange(half, dtype="float32") / half)
-    place = ops.cast(start + ops.arange(ops.shape(x)[1], dtype="int32"), "float32")
+    place = ops.cast(start + places(x[..., 0, 0]), "float32")
     angle = place[:, None, None] * frequency
     cos, sin = ops.cos(angle), ops.sin(angle)
     first, second = ops.split(to_float32(x), 2, axis=-1)
@@ -146,6 +147,10 @@ class TernaryHeads(Composed, OpenAttention):
         for name, part in parts.items():
             part.build(shapes.get(name, query_shape))
         self.set_projections(len(value_shape) + 1, **parts)
+
+    def causal_mask(self, query, value):
+        at = [places(x[(slice(None), slice(None), *[0] * (len(x.shape) - 2))]) for x in (query, value)]
+        return (at[0][:, None] >= at[1])[None]
 
     def attention(self, query, key, value, *args, **kwargs):
         "Keras' attention, between splitting the projections into heads and joining these again."
@@ -274,7 +279,7 @@ class MultiHeadAttentionMML(TernaryHeads):
         query, key, value = parts["query"](query), parts["key"](value if key is None else key), parts["value"](value)
         query, key, value = self._split_heads(query, key, value)
         visible = ops.concatenate([cache["visible"], visible], axis=1)
-        place = ops.cumsum(ops.ones_like(visible[0], dtype="int32")) - 1  # counted, for a trace that leaves open how much is in the cache
+        place = places(visible)
         if self.rotary:
             query, key = (rotate(v, place[-count], self.max_wavelength) for v in (query, key))
         new = dict(keys=key, values=value)
