@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import matplotlib
 import resvg_py
 from markdown_it import MarkdownIt
 from nbdev.config import get_config
@@ -69,8 +70,12 @@ def with_source(markdown, page):
     return re.sub(r"(\[source\]\([^)]*\))(\{[^}]*\}\s*#+ )(\w+)\n", lambda m: f"{here.get(m[3], m[1])}{m[2]}{m[3]}\n", markdown)
 
 
+FONTS = [str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSansMono{kind}.ttf")) for kind in ("", "-Bold")]
+
+
 def raster(svg, **size):
-    content = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, skip_system_fonts=True, **size)
+    fonts = dict(font_files=FONTS, monospace_family="DejaVu Sans Mono", skip_system_fonts=True)  # the same on all machines
+    content = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", dpi=96, **fonts, **size)
     return Image.open(io.BytesIO(bytes(content))).convert("RGB")
 
 
