@@ -17,7 +17,7 @@ import numpy as np
 from .graph.evaluate import PRIMITIVES, Program, every_node
 from .graph.graph import Ref, Size, from_json, leaves, map_structure
 from .hdf5 import SIGNATURE, read_hdf5
-from .packing import decode_state, kernel_arrays
+from .packing import decode_state, kernel_arrays, layer_sizes
 
 # %% ../nbs/runtime.ipynb #6c839719
 EXPANSION = 64  # how many times larger than the archive a part of it may be
@@ -47,7 +47,7 @@ def _parts(content):
 # %% ../nbs/runtime.ipynb #fcafd78a
 def _graph_in(archive):
     "The name of the part with the graph."
-    found = [name for name in archive.namelist() if name.endswith("/graph.npz")]
+    found = [name for name in archive.namelist() if name.endswith("/graph.zip")]
     if len(found) != 1:
         raise ValueError(
             "It does not say what the model computes: the model has no packed layers, or was saved by an earlier version of keras_mml. "
@@ -58,9 +58,10 @@ def _graph_in(archive):
 def _described(content):
     "The description in the archive, and its arrays by their numbers."
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        read = lambda name: np.lib.format.read_array(io.BytesIO(_part(archive, name, EXPANSION * len(content) + 2**24)))  # no pickles
-        arrays = {int(name[1:-4]): read(name) for name in archive.namelist() if name != "description.npy"}
-        return json.loads(read("description.npy").astype(np.uint8).tobytes()), arrays
+        limit = EXPANSION * len(content) + 2**24
+        read = lambda name: np.lib.format.read_array(io.BytesIO(_part(archive, name, limit)))  # no pickles
+        arrays = {int(name.removesuffix(".npy")): read(name) for name in archive.namelist() if name.endswith(".npy")}
+        return json.loads(_part(archive, "description.json", limit)), arrays
 
 # %% ../nbs/runtime.ipynb #56fefc94
 def _reason(error):
@@ -84,7 +85,7 @@ class Arrays:
             return self.weights[address]
         path, name = address
         if path not in self.packed:
-            self.packed[path] = kernel_arrays(decode_state(self.weights[path], self.sizes[path]))
+            self.packed[path] = kernel_arrays(decode_state(self.weights[path], layer_sizes(*self.sizes[path])))
         return self.packed[path][name]
 
 def _graph_of(described, arrays):
@@ -170,7 +171,7 @@ class Model:
         arrays = Arrays(description, extra, weights)
         self.name, self.program = description["name"], Program(_graph_of(description["graph"], arrays))
         self.input_names, self.steps, self.caches = description["inputs"], None, description["steps"]
-        if "graph" in self.caches:
+        if self.caches and "graph" in self.caches:
             self.steps = Program(_graph_of(self.caches["graph"], arrays))
             self.caches = [arrays.at(address) for address in self.caches["caches"]]
         self.fast = fast_path(self.program)
@@ -226,7 +227,8 @@ class Model:
 
     def _check_steps(self):
         if self.steps is None:
-            raise ValueError(self.caches["reason"])
+            reason = f"'{self.name}' cannot go step by step: it has no layer that remembers."
+            raise ValueError(self.caches["reason"] if self.caches else reason)
 
     def get_initial_cache(self, batch_size=1):
         "What the network remembers of sequences before their first step. Raises `ValueError` where it cannot go step by step."

@@ -9,6 +9,7 @@ __all__ = ['Addresses', 'caches_of', 'has_graph', 'Stepping', 'trace_steps', 'de
 import io
 import json
 import tempfile
+import zipfile
 from pathlib import Path
 
 import keras
@@ -164,7 +165,7 @@ def _same_steps(found, expected):
 # %% ../../nbs/graph/saving.ipynb #51d7c502
 def describe(
     model,  # a model with packed layers
-):          # the bytes of an archive of NumPy's
+):          # the bytes of a zip archive
     "What a model computes, for readers without Keras."
     addresses = Addresses(model)
     description = {"version": 1, "name": model.name}
@@ -175,10 +176,13 @@ def describe(
         description["reason"] = str(error)
     else:
         description["steps"] = _steps(model, graph, addresses)
-    description["layers"] = addresses.sizes
+    description["layers"] = {path: list(sizes.values()) for path, sizes in addresses.sizes.items()}
     file = io.BytesIO()
-    text = np.frombuffer(json.dumps(description, separators=(",", ":")).encode(), np.uint8)
-    np.savez_compressed(file, description=text, **{f"a{number}": array for number, array in enumerate(addresses.extra)})
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("description.json", json.dumps(description, separators=(",", ":")))
+        for number, array in enumerate(addresses.extra):
+            with archive.open(f"{number}.npy", "w") as part:
+                np.lib.format.write_array(part, array, allow_pickle=False)
     return file.getvalue()
 
 def _placed(graph, addresses):
@@ -191,7 +195,7 @@ def _steps(model, graph, addresses):
     except ValueError as error:
         return {"reason": str(error)}
     if found is None:
-        return {"reason": f"'{model.name}' cannot go step by step: it has no layer that remembers."}
+        return None
     steps, caches = found
     return {"graph": _placed(steps, addresses), "caches": [addresses.of(array) for array in leaves(caches)]}
 
@@ -200,4 +204,4 @@ def _input_names(model, graph):
     return names if len(names) == len(leaves(graph.inputs)) else [f"input_{number}" for number, _ in enumerate(leaves(graph.inputs))]
 
 # %% ../../nbs/graph/saving.ipynb #44fca2b7
-DESCRIPTIONS["graph.npz"] = describe
+DESCRIPTIONS["graph.zip"] = describe

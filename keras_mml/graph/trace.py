@@ -26,6 +26,7 @@ from keras import ops, tree
 
 from .graph import Graph, Node, Ref, Size, leaves, map_structure, prune, size_of, used
 from ..layers.convolution import FullConvolutionMML
+from ..layers.embedding import COUNTED
 
 # %% ../../nbs/graph/trace.ipynb #2618d967
 from keras.src.backend.common import global_state
@@ -638,6 +639,13 @@ def trace(
             raise error from None
 
 def _trace_open(model, specs, tried):
+    token = COUNTED.set("length" in tried)
+    try:
+        return _traced_for_all(model, specs, tried)
+    finally:
+        COUNTED.reset(token)
+
+def _traced_for_all(model, specs, tried):
     at = lambda chosen: trace_once(model, _fixed(specs, {name: tried[name][i] for name, i in zip(tried, chosen)}))
     graph = _joined({chosen: at(chosen) for chosen in itertools.product((0, 1), repeat=len(tried))}, tried)
     third, expected = at((2,) * len(tried)), _filled(graph, {name: values[2] for name, values in tried.items()})
