@@ -28,7 +28,7 @@ def _part(archive, name, limit):
         raise ValueError(f"It has no '{name}'. A Keras model is saved with `model.save(...)`.")
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > limit:
-        raise ValueError(f"Its part '{name}' is not stored as Keras does. Received: {info.file_size} bytes, more than {limit}")
+        raise ValueError(f"Its part '{name}' is not stored as Keras does. Received: {info.file_size} bytes; expected at most {limit}")
     return archive.read(info)
 
 def _parts(content):
@@ -200,11 +200,12 @@ class Model:
             else:
                 if run(shape, table, x, outputs):
                     return outputs
-        return self._run(self.program, self._inputs(x, self.program.graph.inputs))
+        return self._run(self.program, self._inputs(x))
 
-    def _inputs(self, x, tree, specs=None):
-        specs, names = specs or self.program.graph.specs, dict(zip(leaves(tree), self.input_names))
-        return _matched(tree, x, lambda ref, given: as_input(names.get(ref, "input"), given, specs[ref.index]))
+    def _inputs(self, x):
+        graph = self.program.graph
+        names = dict(zip(leaves(graph.inputs), self.input_names))
+        return _matched(graph.inputs, x, lambda ref, given: as_input(names.get(ref, "input"), given, graph.specs[ref.index]))
 
     def _run(self, program, inputs):
         try:

@@ -310,6 +310,37 @@ def test_what_cannot_be_traced_is_said_when_it_is_loaded():
         runtime.load(content)
 
 
+@keras.saving.register_keras_serializable(package="somebody")
+class Forgetful(layers.Layer):
+    def call(self, x):
+        return x
+
+    def get_initial_cache(self, batch_size):
+        raise RuntimeError("I keep none.")
+
+
+@pytest.mark.any_backend
+def test_a_model_is_saved_whatever_its_layers_raise():
+    model, content = sequential((4, 4), Forgetful(), DenseMML(3))
+    loaded, x = runtime.load(content), np.random.normal(size=(50, 4, 4)).astype("float32")
+    assert_rounded_alike(model.predict(x, verbose=0), loaded(x))
+    with pytest.raises(ValueError, match="I keep none"):
+        loaded.get_initial_cache()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("native", [True, False], ids=["C", "NumPy"])
+def test_activations_behind_a_packed_layer(native, monkeypatch):
+    x = np.random.normal(size=(60, 6)).astype("float32")
+    kinds = [layers.Activation(name) for name in ("relu", "sigmoid", "tanh", "silu", "gelu", "softmax", "elu")]
+    for part in (*kinds, layers.ReLU(max_value=0.0), layers.ReLU(max_value=0.5), layers.ReLU(negative_slope=0.1), layers.ReLU(threshold=0.2)):
+        model, content = sequential((6,), DenseMML(8), part, DenseMML(3))
+        with monkeypatch.context() as patched:
+            if not native:
+                patched.setattr(kernels, "native", lambda: None)
+            assert_rounded_alike(model.predict(x, verbose=0), runtime.load(content)(x))
+
+
 @pytest.mark.any_backend
 def test_files_from_before_there_were_graphs():
     parts = parts_of(sequential((4,), DenseMML(3))[1])

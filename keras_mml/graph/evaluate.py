@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chains import chained
+from .chains import ACTIVATION_OF, chained
 from .graph import Graph, Node, Ref, Size, leaves, map_structure, prune, used
 from ..native import kernels
 from ..native.chain import Chain, Step
@@ -408,13 +408,11 @@ def _packed_linear(x, packed, scale, bias, gain, units, normalize, bits):
     return kernels.ternary_linear(np.asarray(x, np.float32), packed, units, scale, bias, gain, normalize, bits)
 
 # %% ../../nbs/graph/evaluate.ipynb #4aa00185
-_FOR_STEPS = inspect.signature(Step).parameters
-
 class Rows:
     "The steps of a `Chain` as a function of an array, of which the last axes are read as rows."
 
     def __init__(self, steps):
-        self.steps = [Step(**{name: value for name, value in step.items() if name in _FOR_STEPS}) for step in steps]
+        self.steps = [Step(**step) for step in steps]
         self.dim, self.chain = self.steps[0].dim, None
         if kernels.native() is not None:
             self.chain = Chain(self.steps, (self.dim,))
@@ -431,7 +429,10 @@ def _without_c(rows, step):
     if step.packed is None:
         return rows * np.float32(step.scale[0]) + np.float32(step.bias[0])
     outputs = _packed_linear(rows, step.packed, step.scale, step.bias, step.gain, step.units, step.normalize, step.bits)
-    return outputs if step.activation == "linear" else PRIMITIVES[step.activation.capitalize()](outputs)
+    for operation, (activation, options) in ACTIVATION_OF.items():
+        if activation == step.activation:
+            return PRIMITIVES[operation](outputs, **options)
+    return outputs
 
 # %% ../../nbs/graph/evaluate.ipynb #5a695b9c
 IN_RESULTS_DTYPE = {"Matmul", "Dot", "Einsum", "Tensordot", "Sigmoid", "Tanh", "Softplus", "Logsumexp", "Erf"} | {
@@ -587,7 +588,7 @@ class Program:
         self.kept = {id(node): (sizes_in(self.graph, node), {}) for node in self.graph.nodes}
         for node in every_node(self.graph.nodes):
             if node.operation == "Chain":
-                self.rows[id(node)] = Rows(map_structure(lambda leaf: self.constant(leaf), node.arguments["steps"]))
+                self.rows[id(node)] = Rows(map_structure(self.constant, node.arguments["steps"]))
 
     def constant(self, leaf):
         return self.graph.constants[leaf.index] if isinstance(leaf, Ref) else leaf

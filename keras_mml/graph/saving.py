@@ -20,6 +20,7 @@ from .evaluate import Program
 from .graph import leaves, map_structure, to_json
 from .trace import is_functional, trace
 from ..hdf5 import read_hdf5
+from ..keras_private import layers_in
 from ..layers.packed import DESCRIPTIONS, PackableLayer
 from ..packing import decode_state, kernel_arrays
 
@@ -39,7 +40,7 @@ class Addresses:
         self.known, self.sizes, self.extra = {}, {}, []
         for path, array in arrays.items():
             self.known.setdefault(_content(array), path)
-        for layer in model._flatten_layers():
+        for layer in layers_in(model):
             if isinstance(layer, PackableLayer) and layer.packed:
                 self._add_packed(layer)
 
@@ -172,7 +173,7 @@ def describe(
     try:
         graph = trace(model)
         description |= dict(graph=_placed(graph, addresses), inputs=_input_names(model, graph))
-    except ValueError as error:
+    except Exception as error:  # whatever a layer of anybody's raises: the model itself is saved
         description["reason"] = str(error)
     else:
         description["steps"] = _steps(model, graph, addresses)
@@ -192,7 +193,7 @@ def _placed(graph, addresses):
 def _steps(model, graph, addresses):
     try:
         found = trace_steps(model, graph)
-    except ValueError as error:
+    except Exception as error:  # as above
         return {"reason": str(error)}
     if found is None:
         return None
