@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from .graph.evaluate import PRIMITIVES, Program, every_node
+from .graph.evaluate import PRIMITIVES, Program, every_node, numpy_dtype
 from .graph.graph import Ref, Size, from_json, leaves, map_structure
 from .hdf5 import SIGNATURE, read_hdf5
 from .packing import decode_state, kernel_arrays, layer_sizes
@@ -94,7 +94,7 @@ def _graph_of(described, arrays):
     for index, address in described["constants"]:
         array, (shape, dtype) = arrays.at(address), graph.specs[index]
         fits = len(shape) == array.ndim and all(have in (1, want) for have, want in zip(array.shape, shape))
-        if not fits or array.dtype != ("float32" if dtype == "bfloat16" else dtype):
+        if not fits or array.dtype != numpy_dtype(dtype):
             raise ValueError(f"Its array {address} should be {dtype}{list(shape)}. Received: {array.dtype}{list(array.shape)}")
         graph.constants[index] = array
     for node in every_node(graph.nodes):
@@ -113,7 +113,7 @@ def as_input(
     x = np.asarray(value)
     if x.dtype.kind not in "biuf":
         raise ValueError(f"Input '{name}' should be numbers. Received: {x.dtype}")
-    x = x.astype("float32" if dtype == "bfloat16" else dtype, copy=False)
+    x = x.astype(numpy_dtype(dtype), copy=False)
     if x.ndim == len(shape) - 1 and shape[-1] == 1:
         x = x[..., None]
     if x.ndim == len(shape) + 1 and x.shape[-1] == 1:
@@ -170,10 +170,11 @@ class Model:
             raise ValueError(f"Its model could not be written as a graph when it was saved. {description['reason']}")
         arrays = Arrays(description, extra, weights)
         self.name, self.program = description["name"], Program(_graph_of(description["graph"], arrays))
-        self.input_names, self.steps, self.caches = description["inputs"], None, description["steps"]
-        if self.caches and "graph" in self.caches:
-            self.steps = Program(_graph_of(self.caches["graph"], arrays))
-            self.caches = [arrays.at(address) for address in self.caches["caches"]]
+        steps = description["steps"] or {"reason": f"'{self.name}' cannot go step by step: it has no layer that remembers."}
+        self.input_names, self.no_steps, self.steps, self.caches = description["inputs"], steps.get("reason"), None, []
+        if "graph" in steps:
+            self.steps = Program(_graph_of(steps["graph"], arrays))
+            self.caches = [arrays.at(address) for address in steps["caches"]]
         self.fast = fast_path(self.program)
 
     def __getstate__(self):
@@ -228,8 +229,7 @@ class Model:
 
     def _check_steps(self):
         if self.steps is None:
-            reason = f"'{self.name}' cannot go step by step: it has no layer that remembers."
-            raise ValueError(self.caches["reason"] if self.caches else reason)
+            raise ValueError(self.no_steps)
 
     def get_initial_cache(self, batch_size=1):
         "What the network remembers of sequences before their first step. Raises `ValueError` where it cannot go step by step."

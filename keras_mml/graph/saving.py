@@ -18,7 +18,7 @@ from keras import ops
 
 from .evaluate import Program
 from .graph import leaves, map_structure, to_json
-from .trace import is_functional, trace
+from .trace import is_functional, run_with, trace
 from ..hdf5 import read_hdf5
 from ..keras_private import layers_in
 from ..layers.packed import DESCRIPTIONS, PackableLayer
@@ -115,7 +115,7 @@ def _through(model, x, caches):
         for layer in model.layers:
             x = stepping(layer)(x)
         return x, after
-    return model._run_through_graph(x, operation_fn=stepping), after
+    return run_with(model, x, stepping), after
 
 def _call(layer, x, cache, options):
     if has_graph(layer):

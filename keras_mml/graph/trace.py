@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NODES', 'SHARED', 'signature', 'NOTHING', 'OPERATORS', 'TWINS', 'WITH_FUNCTIONS', 'TRACES', 'ABSENT', 'TRIED',
-           'history_of', 'updates_of', 'names_given', 'is_functional', 'arguments_of', 'Untraceable', 'SizesMatter',
-           'Trace', 'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations', 'SoftmaxTwin',
-           'MaskingTwin', 'AveragingTwin', 'add_scan', 'RecurrentTwin', 'TimeDistributedTwin', 'BidirectionalTwin',
-           'AttentionTwin', 'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv', 'ConvolutionTwin',
-           'ConvolutionMMLTwin', 'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
+           'history_of', 'updates_of', 'names_given', 'run_with', 'is_functional', 'arguments_of', 'Untraceable',
+           'SizesMatter', 'Trace', 'collect', 'add_node', 'Twin', 'FunctionalTwin', 'twin_of', 'Operations',
+           'SoftmaxTwin', 'MaskingTwin', 'AveragingTwin', 'add_scan', 'RecurrentTwin', 'TimeDistributedTwin',
+           'BidirectionalTwin', 'AttentionTwin', 'CategoryEncodingTwin', 'DiscretizationTwin', 'Conv',
+           'ConvolutionTwin', 'ConvolutionMMLTwin', 'add_associative_scan', 'WhileTracing', 'trace_once', 'trace']
 
 # %% ../../nbs/graph/trace.ipynb #6dfcd667
 import collections
@@ -50,6 +50,10 @@ def updates_of(scope):
 def names_given():
     "How often Keras has given each name in this thread, as in `dense_2`: a dictionary that counts on."
     return global_state.get_global_attribute("object_name_uids", collections.defaultdict(int), set_to_default=True)
+
+def run_with(model, x, replaced):
+    "The outputs of a functional model, with what a function returns for each of its operations in the place of that."
+    return model._run_through_graph(x, operation_fn=replaced)
 
 def is_functional(operation):
     "Whether an operation is a graph of others, which `_run_through_graph` calls in turn."
